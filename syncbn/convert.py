@@ -1,0 +1,112 @@
+"""convert_sync_batchnorm and revert_sync_batchnorm: the same module objects, with another class.
+
+Only the class of a module changes, so parameters, buffers, hooks, flags, attributes and every reference to the module
+stay as they are, and the way back restores the class exactly.
+"""
+
+import inspect
+from functools import cache
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.module import BatchNorm, SyncBatchNorm
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_PLAIN_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
+
+
+def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
+    """Make every batch normalization in `module`, itself included, a `SyncBatchNorm`, in place; return `module`.
+
+    BatchNorm1d, 2d, 3d and torch's SyncBatchNorm become `SyncBatchNorm`; a subclass of theirs becomes a class that
+    inherits from both, so that its own methods stay. Layers that are synchronized already only get the process group.
+
+    Args:
+        process_group: the ranks that share statistics; all of them by default.
+
+    Raises:
+        ValueError: a lazy module has not seen its first batch; nothing is converted.
+        TypeError: a subclass overrides forward without calling super().forward(), so that it cannot be synchronized;
+            nothing is converted.
+    """
+    layers: list[tuple[str, Any]] = [
+        (name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)
+    ]
+    classes = [_synced_class(name or "the module itself", layer) for name, layer in layers]
+    for (_, layer), synced_class in zip(layers, classes, strict=True):
+        if not isinstance(layer, SyncBatchNorm):
+            layer.unsynced_class = type(layer)
+            layer.unsynced_group = vars(layer).get("process_group")
+            layer.__class__ = synced_class
+        if process_group is not None:
+            layer.process_group = process_group
+    return module
+
+
+def revert_sync_batchnorm(module: ModuleT) -> ModuleT:
+    """Give every `SyncBatchNorm` in `module`, itself included, the class it was converted from; return `module`.
+
+    A `SyncBatchNorm` that was constructed as such becomes a `syncbn.BatchNorm`. Statistics and parameters stay.
+    """
+    layer: Any
+    for layer in module.modules():
+        if isinstance(layer, SyncBatchNorm):
+            plain_class: Any = layer.unsynced_class or BatchNorm
+            process_group = layer.unsynced_group
+            for attribute in ("unsynced_class", "unsynced_group", "process_group"):
+                vars(layer).pop(attribute, None)
+            layer.__class__ = plain_class
+            if plain_class is nn.SyncBatchNorm:
+                layer.process_group = process_group
+    return module
+
+
+def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
+    """Return the class that `layer` gets; raise for one that cannot be synchronized."""
+    plain_class: Any = type(layer)
+    if isinstance(layer, SyncBatchNorm):
+        return plain_class
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        raise ValueError(
+            f"expected initialized parameters, got {plain_class.__name__} at '{name}' that has not seen a batch: "
+            "run one batch through the model before converting it"
+        )
+    if plain_class in _PLAIN_CLASSES:
+        return SyncBatchNorm
+    if not _reaches_super_forward(plain_class):
+        raise TypeError(
+            f"expected a batch normalization whose forward calls super().forward(), got {plain_class.__name__} at "
+            f"'{name}': call it there, or replace the module by a BatchNorm before converting"
+        )
+    return _synced_subclass(plain_class)
+
+
+def _reaches_super_forward(plain_class: type[nn.Module]) -> bool:
+    """Return whether every forward between `plain_class` and torch's own calls that of the next class."""
+    for cls in plain_class.__mro__:
+        if cls is _BatchNorm:
+            return True
+        forward = cls.__dict__.get("forward")
+        code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
+        if forward is not None and (code is None or not {"super", "forward"} <= set(code.co_names)):
+            return False
+    return False
+
+
+@cache
+def _synced_subclass(plain_class: Any) -> type[nn.Module]:
+    """Return a class in which `super().forward()` of `plain_class` arrives at SyncBatchNorm."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # the class has no module to be found in
+        return _rebuild, (plain_class,), self.__getstate__()
+
+    return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), {"__reduce_ex__": reduce})
+
+
+def _rebuild(plain_class: Any) -> nn.Module:
+    synced_class = _synced_subclass(plain_class)
+    return synced_class.__new__(synced_class)

@@ -1,0 +1,162 @@
+"""sync_batch_norm: argument checks that every rank survives, then the autograd Function."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from syncbn import collectives
+from syncbn.function import SyncBatchNormFunction
+from syncbn.statistics import update_running_
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Normalize over the batch of all ranks: `torch.nn.functional.batch_norm` with statistics of the whole group.
+
+    In training every rank of the group must call it, one with an empty batch too. Otherwise nothing communicates.
+
+    Args:
+        input: (N, C) to (N, C, D, H, W), floating point, on any device; N and the spatial size may differ by rank.
+        running_mean: (C,), updated in place in training; used in place of batch statistics otherwise.
+        running_var: (C,), likewise; the batch enters with its unbiased variance.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        training: normalize with the statistics of the batch and update the running ones.
+        momentum: weight of the batch in the running statistics (torch's convention).
+        eps: added to the variance.
+        process_group: the ranks that share statistics; all of them by default.
+
+    Returns:
+        Tensor like `input` in shape, dtype and memory format.
+
+    Raises:
+        ValueError: the input does not fit; in training on every rank of the group, so that none is left waiting.
+        ValueError: one value per channel over all ranks in training, on every rank.
+
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
+    """
+    known = next((tensor for tensor in (weight, running_mean, bias) if tensor is not None), None)
+    num_features = None if known is None else known.shape[0]
+    check = partial(check_input, num_features=num_features, parameter=known)
+    if not training:
+        check(input)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    y, count, mean, var = normalize(
+        input, weight, bias, check=check, num_features=num_features, eps=eps, process_group=process_group
+    )
+    if running_mean is not None and running_var is not None and not is_recomputing():
+        update_running_(running_mean, running_var, count=count, mean=mean, var=var, momentum=momentum)
+    return y
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    check: Callable[[Tensor], None],
+    num_features: int | None,
+    eps: float,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x normalized over the group, then count (), mean (C,) and biased var (C,) of the group, float64.
+
+    Args:
+        check: raises ValueError for input that does not fit; this rank then still releases its peers.
+        num_features: C where it is known without x.
+
+    Raises:
+        ValueError: as `sync_batch_norm`.
+    """
+    try:
+        check(x)
+    except ValueError:
+        channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
+        collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
+        raise
+    y, count, mean, var = SyncBatchNormFunction.apply(x, weight, bias, eps, process_group)
+    if _may_read(count, local_count=x.numel() // x.shape[1]):
+        _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)
+    return y, count, mean, var
+
+
+def is_recomputing() -> bool:
+    """Return whether this forward pass runs inside a backward pass: activation checkpointing repeats it there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def check_input(x: Tensor, *, num_features: int | None, parameter: Tensor | None) -> None:
+    """Raise if x cannot be normalized.
+
+    Args:
+        num_features: C, or None where only x tells it.
+        parameter: weight or running mean, whose device and dtype x has to fit.
+
+    Raises:
+        ValueError: on this rank alone; what must hold, what came and what to do.
+    """
+    channels = "C" if num_features is None else num_features
+    if x.dim() < 2:
+        raise ValueError(
+            f"expected input of shape (N, {channels}) or (N, {channels}, ...), got {tuple(x.shape)}: "
+            "add the batch dimension"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"expected input of a floating dtype, got {x.dtype}: convert it, for example with .float()")
+    if num_features is not None and x.shape[1] != num_features:
+        raise ValueError(
+            f"expected input of shape (N, {num_features}, ...), got {tuple(x.shape)}: num_features is {num_features}, "
+            f"make it {x.shape[1]} or move the channels to dimension 1"
+        )
+    if x.shape[1] == 0:
+        raise ValueError(f"expected at least one channel, got input of shape {tuple(x.shape)}")
+    if parameter is None:
+        return
+    if parameter.device != x.device:
+        raise ValueError(
+            f"expected input on {parameter.device} like the parameters, got {x.device}: move one to the other's device"
+        )
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if parameter.dtype != x.dtype and not (half and parameter.dtype == torch.float32):
+        raise ValueError(
+            f"expected input of {parameter.dtype} like the parameters (or of half precision for float32 parameters), "
+            f"got {x.dtype}: convert one of them"
+        )
+
+
+def _may_read(count: Tensor, local_count: int) -> bool:
+    """Return whether to look at the total count, which on an accelerator makes the host wait for it.
+
+    A rank with two values per channel or more knows that the total is not 1; only the others have to look.
+    """
+    if torch.compiler.is_compiling() or type(count) is not Tensor:
+        return False
+    if count.device.type == "cpu":
+        return True
+    return local_count <= 1 and not (count.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _raise_on_every_rank(count: float, x: Tensor, process_group: dist.ProcessGroup | None) -> None:
+    if count != count:
+        raise ValueError(
+            "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
+        )
+    if count == 1:
+        raise ValueError(
+            f"expected more than 1 value per channel when training, got 1 over all "
+            f"{collectives.group_size(process_group)} ranks (here: input of shape {tuple(x.shape)}): "
+            "use a larger batch, or call .eval()"
+        )

@@ -1,0 +1,136 @@
+"""SyncBatchNorm: parameters, buffers, train/eval policy, running statistics."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.functional import check_input, is_recomputing, normalize
+from syncbn.statistics import update_running_
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization of this rank alone, of input with any number of dimensions.
+
+    What `revert_sync_batchnorm` makes of a `SyncBatchNorm` that was never a BatchNorm1d, 2d or 3d.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected input of shape (N, C) or (N, C, ...), got {tuple(input.shape)}")
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the batch of all ranks of a process group.
+
+    A drop-in for `torch.nn.BatchNorm1d`, `2d`, `3d` and `torch.nn.SyncBatchNorm`: same arguments, same state_dict, on
+    CPU (gloo) and CUDA (NCCL) alike. In training every rank of the group takes part in one all-reduce forward and one
+    backward; ranks may hold different numbers of samples, or none. In evaluation nothing communicates.
+
+    Gradients of weight and bias are sums over this rank, as for any parameter: DistributedDataParallel averages them.
+
+    Args:
+        num_features: C of an input (N, C) to (N, C, D, H, W).
+        eps: added to the variance.
+        momentum: weight of the batch in the running statistics, `running = (1 - momentum) * running + momentum * batch`
+            (several texts keep the reverse, 0.9); None for a cumulative average.
+        affine: learn `weight` and `bias`.
+        track_running_stats: keep running statistics; without them evaluation normalizes with those of the local batch.
+        process_group: the ranks that share statistics; all of them by default.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: with `affine`, learn `bias` beside `weight`.
+
+    Raises:
+        ValueError: an argument does not fit, at construction; an input does not fit or the batch has one value per
+            channel over all ranks, in training on every rank.
+
+    Source: Ioffe & Szegedy 2015, Algorithm 1; over all ranks as in Peng et al. 2018 (MegDet), section 3.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    unsynced_class: type[_BatchNorm] | None = None  # what convert_sync_batchnorm found, for the way back
+    unsynced_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"expected num_features of at least 1, got {num_features}")
+        if eps < 0:
+            raise ValueError(f"expected eps of at least 0, got {eps}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"expected momentum between 0 and 1, or None for a cumulative average, got {momentum}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # torch 2.11 has no such argument
+            self.register_parameter("bias", None)
+        self.process_group = process_group
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalized input, alike in shape, dtype and memory format.
+
+        Args:
+            input: (N, C) to (N, C, D, H, W).
+        """
+        if not self.training:
+            self._check_input(input)
+            use_batch = self.running_mean is None and self.running_var is None
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps
+            )
+        y, count, mean, var = normalize(
+            input,
+            self.weight,
+            self.bias,
+            check=self._check_input,
+            num_features=self.num_features,
+            eps=self.eps,
+            process_group=self.process_group,
+        )
+        if self.track_running_stats and not is_recomputing():
+            self._update_running_stats(count, mean, var)
+        return y
+
+    def _update_running_stats(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        momentum: float | Tensor | None = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(count > 0)  # a batch that is empty on all ranks was none
+            if momentum is None:
+                momentum = 1 / self.num_batches_tracked.clamp(min=1).double()
+        momentum = 0.0 if momentum is None else momentum
+        update_running_(self.running_mean, self.running_var, count=count, mean=mean, var=var, momentum=momentum)
+
+    def reset_parameters(self) -> None:
+        """Set running statistics to those of no data, weight to 1 and bias to 0."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.unsynced_class is not None:
+            self.unsynced_class._check_input_dim(self, input)  # a former BatchNorm2d still wants (N, C, H, W)
+
+    def _check_input(self, input: Tensor) -> None:
+        self._check_input_dim(input)
+        check_input(input, num_features=self.num_features, parameter=_first(self.weight, self.running_mean))
+
+
+def _first(*tensors: Tensor | None) -> Tensor | None:
+    return next((tensor for tensor in tensors if tensor is not None), None)

@@ -1,0 +1,75 @@
+"""Pure tensor functions on per-channel statistics: pack for the wire, unpack, running averages. Nothing communicates.
+
+Per-channel values are float64 from the wire on, whatever the dtype of the activations; formulas: `syncbn.reference`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:
+    """Return the vector `[n, sum(x), sum(x^2)]` whose sum over ranks describes the whole batch.
+
+    The sum of squares is formed in float64 from values centred on this rank: as `sum(x^2)` of float32 activations it
+    would lose every digit of the variance at mean/std = 1e4.
+
+    Args:
+        count: () float64, values per channel on this rank; may be 0.
+        mean: (C,) mean of this rank.
+        M2: (C,) sum of squared deviations from `mean` on this rank.
+
+    Returns:
+        (2C + 1,) float64.
+    """
+    mean, M2 = mean.double(), M2.double()
+    total = count * mean
+    return torch.cat([count.reshape(1), total, M2 + total * mean])
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count (), mean (C,) and biased var (C,), float64; all zero when the count is 0.
+
+    Args:
+        packed: (2C + 1,) float64, as `pack` makes it, summed over ranks or not.
+    """
+    num_channels = (packed.shape[0] - 1) // 2
+    count = packed[0]
+    divisor = count.clamp(min=1)
+    mean = packed[1 : num_channels + 1] / divisor
+    var = (packed[num_channels + 1 :] / divisor - mean * mean).clamp(min=0)
+    return count, mean, var
+
+
+def invstd_of(var: Tensor, eps: float) -> Tensor:
+    """Return `1 / sqrt(var + eps)`, and 0 where `var + eps` is 0: a constant channel then yields the bias, not NaN."""
+    shifted = var + eps
+    return torch.where(shifted == 0, 0.0, shifted.rsqrt())
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+) -> None:
+    """Move the running averages towards the statistics of the whole batch, in place; an empty batch moves nothing.
+
+    `running = (1 - momentum) * running + momentum * batch`, torch's convention (0.1); several texts keep the reverse,
+    `momentum * running + (1 - momentum) * batch` (0.9). The variance that enters is the unbiased one of the whole
+    batch, `var * n / (n - 1)`.
+
+    Args:
+        running_mean: (C,) of any floating dtype.
+        running_var: (C,) of any floating dtype.
+        count: () float64, values per channel in the whole batch.
+        mean: (C,) float64.
+        var: (C,) float64, biased.
+        momentum: weight of the batch; a () tensor for a cumulative average.
+    """
+    weight = (count > 0) * momentum
+    unbiased_var = var * (count / (count - 1).clamp(min=1))
+    running_mean.copy_(running_mean + weight * (mean - running_mean))
+    running_var.copy_(running_var + weight * (unbiased_var - running_var))
