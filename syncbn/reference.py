@@ -327,7 +327,7 @@ def layer_norm_backward(
     normalized, _, _, invstd, _ = standardize(x, axes, eps=eps)
     grad_normalized = grad_output * _filled("weight", weight, shape, default=1)
     grad_input = standardize_backward(grad_normalized, normalized, invstd=invstd, axes=axes)
-    return Gradients(grad_input, *_affine_backward(grad_output, normalized, range(axes[0])))
+    return Gradients(grad_input, *_affine_backward(grad_output, normalized, range(x.ndim - len(shape))))
 
 
 def group_norm(
@@ -481,7 +481,7 @@ def _all_but_channels(x: Array) -> tuple[int, ...]:
 
 
 def _last_axes(x: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if not shape or x.shape[-len(shape) :] != shape:
+    if x.shape[-len(shape) :] != shape:
         raise ValueError(f"expected an input that ends in normalized_shape {shape}, got {x.shape}")
     return tuple(range(x.ndim - len(shape), x.ndim))
 

@@ -17,7 +17,9 @@ COLLECTIVE_TIMEOUT_S = 20  # a rank that waits longer for its peers fails instea
 GRACE_S = 3  # what the other ranks get to end by themselves once one has failed
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["numpy", "torch", "torch.distributed", "syncbn"])
+_context.set_forkserver_preload(  # what ranks import, once for all of them
+    ["numpy", "pytest", "torch", "torch.distributed", "torch._dynamo", "torch._inductor.config", "syncbn"]
+)
 
 
 class RankError(AssertionError):

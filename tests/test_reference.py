@@ -231,6 +231,7 @@ def test_an_offset_of_two_to_the_thirty_does_not_change_the_result(rng):
     # Multiples of 2**-20 stay exact under the offset, so that only the arithmetic of the oracle can differ.
     x = np.round(rng.normal(size=(1000, 3)) * 2**20) / 2**20
     near, far = reference.batch_norm(x), reference.batch_norm(x + 2.0**30)
+    assert_close(far.mean, near.mean + 2.0**30, atol=1e-16)
     assert_close(far.var, near.var, atol=1e-14)
     assert_close(far.output, near.output, atol=1e-13)
 
