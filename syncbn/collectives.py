@@ -7,6 +7,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def check_process_group(process_group: Any) -> None:
+    """Raise TypeError, on this rank alone, unless given None or what `torch.distributed.new_group` returns."""
+    if process_group is None or not dist.is_available():
+        return
+    if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(
+            f"expected a process group, got {type(process_group).__name__}: make one with "
+            "torch.distributed.new_group(ranks), called by every rank"
+        )
+
+
 def group_size(process_group: dist.ProcessGroup | None) -> int:
     """Return the number of ranks that share statistics; 1 where torch.distributed is not initialized.
 

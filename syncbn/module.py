@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn import collectives
 from syncbn.functional import check_input, is_recomputing, normalize
 from syncbn.statistics import update_running_
 
@@ -74,6 +75,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected eps of at least 0, got {eps}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"expected momentum between 0 and 1, or None for a cumulative average, got {momentum}")
+        collectives.check_process_group(process_group)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)

@@ -1,0 +1,204 @@
+"""convert_sync_batchnorm and revert_sync_batchnorm lose nothing, in either direction."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import syncbn
+from syncbn import convert_sync_batchnorm, revert_sync_batchnorm
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """A subclass with a forward and a constructor of its own."""
+
+    def __init__(self, num_features, slope):
+        super().__init__(num_features)
+        self.slope = slope
+
+    def forward(self, x):
+        return nn.functional.leaky_relu(super().forward(x), self.slope)
+
+
+class OwnFormula(nn.BatchNorm2d):
+    """A subclass that never reaches torch's forward."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ModuleDict({"a": nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm1d(2)]), "b": nn.BatchNorm3d(3)}),
+        nn.Sequential(nn.Sequential(BatchNormReLU(4, 0.2))),
+    )
+
+
+def identities(module: nn.Module) -> dict[str, int]:
+    tensors = (*module.named_modules(), *module.named_parameters(), *module.named_buffers())
+    return {name: id(value) for name, value in tensors}
+
+
+def test_every_batch_norm_is_converted_and_every_class_comes_back():
+    model = network()
+    classes = [type(module) for module in model.modules()]
+    before, state = identities(model), list(model.state_dict())
+    assert convert_sync_batchnorm(model) is model
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(layers) == 4
+    assert all(isinstance(layer, syncbn.SyncBatchNorm) for layer in layers)
+    assert type(model[1]["b"]) is syncbn.SyncBatchNorm
+    assert identities(model) == before  # the same modules, parameters and buffers, not copies
+    assert list(model.state_dict()) == state
+    assert revert_sync_batchnorm(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert identities(model) == before
+
+
+def test_reverting_leaves_no_trace_in_any_module():
+    model = network()
+    before = [set(vars(module)) for module in model.modules()]
+    revert_sync_batchnorm(convert_sync_batchnorm(model))
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_both_directions_are_idempotent():
+    model = convert_sync_batchnorm(convert_sync_batchnorm(network()))
+    classes = [type(module) for module in network().modules()]
+    assert [type(module) for module in revert_sync_batchnorm(revert_sync_batchnorm(model)).modules()] == classes
+    untouched = network()
+    assert [type(module) for module in revert_sync_batchnorm(untouched).modules()] == classes
+
+
+@pytest.mark.parametrize("plain", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3), nn.SyncBatchNorm(3)])
+def test_the_module_itself_is_converted_when_it_is_a_batch_norm(plain):
+    expected = type(plain)
+    assert type(convert_sync_batchnorm(plain)) is syncbn.SyncBatchNorm
+    assert type(revert_sync_batchnorm(plain)) is expected
+
+
+def test_flags_dtypes_and_attributes_survive():
+    layer = nn.BatchNorm2d(3, eps=0.1, momentum=None, dtype=torch.bfloat16).eval()
+    layer.weight.requires_grad_(False)
+    layer.note = "kept"
+    convert_sync_batchnorm(layer)
+    for _ in range(2):
+        assert not layer.training
+        assert not layer.weight.requires_grad
+        assert layer.bias.requires_grad
+        assert (layer.eps, layer.momentum, layer.note) == (0.1, None, "kept")
+        assert layer.weight.dtype == layer.running_mean.dtype == torch.bfloat16
+        revert_sync_batchnorm(layer)
+
+
+def test_hooks_still_run_and_their_handles_still_remove_them():
+    layer, seen = nn.BatchNorm1d(3), []
+    handles = [
+        layer.register_forward_hook(lambda *_: seen.append("forward")),
+        layer.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+        layer.register_state_dict_pre_hook(lambda *_: seen.append("state")),
+    ]
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        change(layer)
+        layer(torch.randn(4, 3, requires_grad=True)).square().mean().backward()
+        layer.state_dict()
+        assert seen == ["pre", "forward", "backward", "state"]
+        seen.clear()
+    for handle in handles:
+        handle.remove()
+    layer(torch.randn(4, 3))
+    assert seen == []
+
+
+def test_a_module_registered_twice_stays_one_module():
+    shared = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU(), shared), "b": shared})
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        change(model)
+        assert model["a"][0] is model["a"][2] is model["b"] is shared
+    assert type(shared) is nn.BatchNorm1d
+
+
+def test_parameters_shared_between_layers_stay_shared_and_an_optimizer_keeps_training_them():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    convert_sync_batchnorm(model)
+    assert model[0].weight is model[1].weight
+    before = model[0].weight.clone()
+    model(torch.randn(4, 3)).pow(3).mean().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_a_subclass_keeps_its_forward_and_its_check_of_dimensions():
+    torch.manual_seed(0)
+    plain, x = BatchNormReLU(4, 0.2), torch.randn(5, 4, 3, 3)
+    synced = convert_sync_batchnorm(copy.deepcopy(plain))
+    assert isinstance(synced, BatchNormReLU)
+    assert isinstance(synced, syncbn.SyncBatchNorm)
+    torch.testing.assert_close(synced(x), plain(x), rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        synced(torch.randn(5, 4))
+
+
+def test_a_converted_layer_still_wants_the_dimensions_of_its_class():
+    layer = convert_sync_batchnorm(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        layer(torch.randn(5, 3))
+
+
+def test_a_subclass_that_computes_on_its_own_is_refused_and_nothing_is_changed():
+    model = nn.Sequential(nn.BatchNorm2d(3), OwnFormula(3))
+    with pytest.raises(TypeError, match=r"calls super\(\).forward\(\), got OwnFormula at '1'"):
+        convert_sync_batchnorm(model)
+    assert [type(module) for module in model] == [nn.BatchNorm2d, OwnFormula]
+
+
+def test_a_lazy_module_is_refused_until_it_has_seen_a_batch():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="got LazyBatchNorm1d at '1' that has not seen a batch: run one batch"):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    model(torch.randn(4, 3))
+    assert type(convert_sync_batchnorm(model)[1]) is syncbn.SyncBatchNorm
+
+
+def test_a_layer_constructed_as_synchronized_reverts_to_one_for_any_dimensions():
+    layer = syncbn.SyncBatchNorm(3)
+    layer(torch.randn(4, 3, 5))
+    state = layer.state_dict()
+    revert_sync_batchnorm(layer)
+    assert type(layer) is syncbn.BatchNorm
+    for shape in [(4, 3), (4, 3, 2), (4, 3, 2, 2), (4, 3, 2, 2, 2)]:
+        assert layer(torch.randn(shape)).shape == shape
+    assert list(layer.state_dict()) == list(state)
+    assert type(convert_sync_batchnorm(layer)) is syncbn.SyncBatchNorm
+    with pytest.raises(ValueError, match="expected input of shape"):
+        revert_sync_batchnorm(layer)(torch.randn(3))
+
+
+def test_converted_models_are_copied_pickled_and_saved():
+    model = convert_sync_batchnorm(network())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert twin[2][0][0].slope == 0.2
+        assert [type(m) for m in revert_sync_batchnorm(twin).modules()] == [type(m) for m in network().modules()]
+
+
+def test_a_real_network_evaluates_bit_for_bit_alike_converted_and_reverted():
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    model(x)
+    expected = model.eval()(x)
+    assert torch.equal(convert_sync_batchnorm(model)(x), expected)
+    assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()) == 20
+    assert torch.equal(revert_sync_batchnorm(model)(x), expected)
