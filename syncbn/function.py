@@ -3,18 +3,20 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import backends, collectives
+from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
-from syncbn.statistics import invstd_of, pack, unpack
+from syncbn.collectives import Group
+from syncbn.statistics import Channels, invstd_of, pack, unpack
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
     """Normalize over the batch of all ranks: one all-reduce forward, one backward.
 
     A backward pass always communicates, whatever gradients this rank needs: ranks that differ in that stay in step.
+    It keeps x, per-channel values and, where they are given, the mask and (for an activation) the residual.
     """
 
     @staticmethod
@@ -23,53 +25,54 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
         eps: float,
-        process_group: dist.ProcessGroup | None,
+        activation: str,
+        process_group: Group,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y like x, then count (), mean (C,) and biased var (C,) of the whole group, float64."""
         backend = backends.select(x)
-        packed = pack(*backend.batch_norm_stats(x))
+        packed = pack(*backend.batch_norm_stats(x, mask))
         collectives.all_reduce_(packed, process_group)
         count, mean, var = unpack(packed)
-        y = backend.batch_norm_elemt(x, mean=mean, invstd=invstd_of(var, eps), weight=weight, bias=bias)
+        channels = Channels(mean, invstd_of(var, eps), weight, bias)
+        y = backend.batch_norm_elemt(x, channels, residual=residual, mask=mask, activation=activation)
 
-        ctx.eps, ctx.process_group = eps, process_group
-        ctx.save_for_backward(x, weight, bias, count, mean, var)
+        ctx.eps, ctx.activation, ctx.process_group = eps, activation, process_group
+        kept_residual = None if activation == "identity" else residual
+        ctx.save_for_backward(x, weight, bias, kept_residual, mask, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
         ctx.set_materialize_grads(False)
         return y, count, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, weight and bias; those of weight and bias are sums over this rank alone."""
-        x, weight, bias, count, mean, var = ctx.saved_tensors
+        """Return the gradients of x, weight, bias and residual; weight's and bias's are sums over this rank alone."""
+        x, weight, bias, residual, mask, count, mean, var = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         if grad_output is None:
             grad_output = torch.zeros_like(x)
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_backward(ctx, grad_output)
 
         backend = backends.select(x)
-        invstd = invstd_of(var, ctx.eps)
-        sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(grad_output, x, mean=mean)
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_weight = (sum_dy_xmu * invstd).to(weight.dtype) if needs_weight else None
+        channels = Channels(mean, invstd_of(var, ctx.eps), weight, bias)
+        dy = backend.batch_norm_activation_backward(
+            grad_output, x, channels, residual=residual, mask=mask, activation=ctx.activation
+        )
+        sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(dy, x, channels, mask=mask)
+        grad_weight = (sum_dy_xmu * channels.invstd).to(weight.dtype) if needs_weight else None
         grad_bias = sum_dy.to(bias.dtype) if needs_bias else None
 
         sums = collectives.all_reduce_(torch.cat([sum_dy, sum_dy_xmu]), ctx.process_group)
-        sum_dy, sum_dy_xmu = sums.chunk(2)
         grad_input = None
         if needs_x:
+            sum_dy, sum_dy_xmu = sums.chunk(2)
             grad_input = backend.batch_norm_backward_elemt(
-                grad_output,
-                x,
-                mean=mean,
-                invstd=invstd,
-                weight=weight,
-                count=count,
-                sum_dy=sum_dy,
-                sum_dy_xmu=sum_dy_xmu,
+                dy, x, channels, mask=mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
             )
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, dy if needs_residual else None, None, None, None, None
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,38 +81,60 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     The forward pass is written once more in such operations and differentiated; two all-reduces on every rank,
     whether or not its x needs a gradient.
     """
-    x, weight, bias, count, mean, _ = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    inputs = {"x": x if needs_x else x.detach().requires_grad_()}
-    if needs_weight:
-        inputs["weight"] = weight
-    if needs_bias:
-        inputs["bias"] = bias
-    y = _differentiable_forward(inputs["x"], weight, bias, ctx.eps, count, mean, ctx.process_group)
-    grads = dict(
-        zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad_output, create_graph=True), strict=True)
+    x, weight, bias, residual, mask, count, mean, _ = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    x = x if needs_x else x.detach().requires_grad_()
+    if needs_residual and residual is None:  # not kept, since with the identity its value does not matter
+        residual = torch.zeros_like(x, requires_grad=True)
+    y = _differentiable_forward(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        mask=mask,
+        count=count,
+        pivot=mean,
+        eps=ctx.eps,
+        activation=ctx.activation,
+        process_group=ctx.process_group,
     )
-    return grads["x"] if needs_x else None, grads.get("weight"), grads.get("bias"), None, None
+    wanted = {"x": x}
+    wanted |= {"weight": weight} if needs_weight else {}
+    wanted |= {"bias": bias} if needs_bias else {}
+    wanted |= {"residual": residual} if needs_residual else {}
+    grads = dict(zip(wanted, torch.autograd.grad(y, [*wanted.values()], grad_output, create_graph=True), strict=True))
+    grad_input = grads["x"] if needs_x else None
+    return grad_input, grads.get("weight"), grads.get("bias"), grads.get("residual"), None, None, None, None
 
 
 def _differentiable_forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
+    *,
+    residual: Tensor | None,
+    mask: Tensor | None,
     count: Tensor,
     pivot: Tensor,
-    process_group: dist.ProcessGroup | None,
+    eps: float,
+    activation: str,
+    process_group: Group,
 ) -> Tensor:
     """Return y; `pivot` is the mean of the group as a constant, about which nothing cancels."""
+
+    def hide(values: Tensor) -> Tensor:
+        return values if mask is None else values.masked_fill(~mask, 0)
+
     dims = torch_ops.reduced_dims(x)
-    centred = x - torch_ops.per_channel(pivot, x)
+    centred = hide(x - torch_ops.per_channel(pivot, x))
     sums = torch.cat([centred.sum(dims), centred.square().sum(dims)]).double()
     offset, square = (collectives.AllReduce.apply(sums, process_group) / count.clamp(min=1)).chunk(2)
     invstd = invstd_of((square - offset.square()).clamp(min=0), eps)
-    y = (centred - torch_ops.per_channel(offset, x)) * torch_ops.per_channel(invstd, x)
+    z = (centred - torch_ops.per_channel(offset, x)) * torch_ops.per_channel(invstd, x)
     if weight is not None:
-        y = y * torch_ops.per_channel(weight, x)
+        z = z * torch_ops.per_channel(weight, x)
     if bias is not None:
-        y = y + torch_ops.per_channel(bias, x)
-    return y.to(x.dtype)
+        z = z + torch_ops.per_channel(bias, x)
+    if residual is not None:
+        z = z + residual
+    return hide(ACTIVATIONS[activation].apply(z)).to(x.dtype)

@@ -1,14 +1,14 @@
 """sync_batch_norm: argument checks that every rank survives, then the autograd Function."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from syncbn import collectives
+from syncbn.activations import ACTIVATIONS, check_activation
+from syncbn.collectives import Group
 from syncbn.function import SyncBatchNormFunction
 from syncbn.statistics import update_running_
 
@@ -22,7 +22,11 @@ def sync_batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: Group = None,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "identity",
 ) -> Tensor:
     """Normalize over the batch of all ranks: `torch.nn.functional.batch_norm` with statistics of the whole group.
 
@@ -38,24 +42,41 @@ def sync_batch_norm(
         momentum: weight of the batch in the running statistics (torch's convention).
         eps: added to the variance.
         process_group: the ranks that share statistics; all of them by default.
+        residual: like `input`, added in front of the activation.
+        mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
+        activation: identity, relu, leaky_relu (slope 0.01) or silu.
 
     Returns:
-        Tensor like `input` in shape, dtype and memory format.
+        `activation(bn(input) + residual)`, like `input` in shape, dtype and memory format.
 
     Raises:
-        ValueError: the input does not fit; in training on every rank of the group, so that none is left waiting.
+        ValueError: an argument does not fit; in training on every rank of the group, so that none is left waiting.
         ValueError: one value per channel over all ranks in training, on every rank.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
     """
     known = next((tensor for tensor in (weight, running_mean, bias) if tensor is not None), None)
     num_features = None if known is None else known.shape[0]
-    check = partial(check_input, num_features=num_features, parameter=known)
+
+    def check() -> None:
+        check_activation(activation)
+        check_input(input, num_features=num_features, parameter=known, residual=residual, mask=mask)
+
     if not training:
-        check(input)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        check()
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return finish(y, residual=residual, mask=mask, activation=activation)
     y, count, mean, var = normalize(
-        input, weight, bias, check=check, num_features=num_features, eps=eps, process_group=process_group
+        input,
+        weight,
+        bias,
+        residual=residual,
+        mask=mask,
+        activation=activation,
+        check=check,
+        num_features=num_features,
+        eps=eps,
+        process_group=process_group,
     )
     if running_mean is not None and running_var is not None and not is_recomputing():
         update_running_(running_mean, running_var, count=count, mean=mean, var=var, momentum=momentum)
@@ -67,30 +88,42 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     *,
-    check: Callable[[Tensor], None],
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    check: Callable[[], None],
     num_features: int | None,
     eps: float,
-    process_group: dist.ProcessGroup | None,
+    process_group: Group,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x normalized over the group, then count (), mean (C,) and biased var (C,) of the group, float64.
 
     Args:
-        check: raises ValueError for input that does not fit; this rank then still releases its peers.
+        check: raises ValueError for arguments that do not fit; this rank then still releases its peers.
         num_features: C where it is known without x.
 
     Raises:
         ValueError: as `sync_batch_norm`.
     """
     try:
-        check(x)
+        check()
     except ValueError:
         channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
         collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
         raise
-    y, count, mean, var = SyncBatchNormFunction.apply(x, weight, bias, eps, process_group)
-    if _may_read(count, local_count=x.numel() // x.shape[1]):
+    y, count, mean, var = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, eps, activation, process_group)
+    at_most_one = mask is None and x.numel() // x.shape[1] <= 1
+    if _may_read(count, needs_to=at_most_one):
         _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)
     return y, count, mean, var
+
+
+def finish(y: Tensor, *, residual: Tensor | None, mask: Tensor | None, activation: str) -> Tensor:
+    """Return what follows normalization in evaluation, in operations that every exporter knows."""
+    if residual is not None:
+        y = y + residual
+    y = ACTIVATIONS[activation].apply(y)
+    return y if mask is None else y.masked_fill(~mask, 0)
 
 
 def is_recomputing() -> bool:
@@ -98,7 +131,14 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def check_input(x: Tensor, *, num_features: int | None, parameter: Tensor | None) -> None:
+def check_input(
+    x: Tensor,
+    *,
+    num_features: int | None,
+    parameter: Tensor | None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
     """Raise if x cannot be normalized.
 
     Args:
@@ -123,8 +163,18 @@ def check_input(x: Tensor, *, num_features: int | None, parameter: Tensor | None
         )
     if x.shape[1] == 0:
         raise ValueError(f"expected at least one channel, got input of shape {tuple(x.shape)}")
-    if parameter is None:
-        return
+    if parameter is not None:
+        _check_device_and_dtype(x, parameter)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"expected a residual like the input, {tuple(x.shape)} of {x.dtype}, got {tuple(residual.shape)} of "
+            f"{residual.dtype}: expand or convert it"
+        )
+    if mask is not None:
+        _check_mask(mask, x)
+
+
+def _check_device_and_dtype(x: Tensor, parameter: Tensor) -> None:
     if parameter.device != x.device:
         raise ValueError(
             f"expected input on {parameter.device} like the parameters, got {x.device}: move one to the other's device"
@@ -137,7 +187,19 @@ def check_input(x: Tensor, *, num_features: int | None, parameter: Tensor | None
         )
 
 
-def _may_read(count: Tensor, local_count: int) -> bool:
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    target = (x.shape[0], 1, *x.shape[2:])
+    fits = mask.dim() <= x.dim() and all(
+        size in (1, wanted) for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False)
+    )
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"expected a mask of torch.bool that broadcasts to {target}, got {tuple(mask.shape)} of {mask.dtype}: "
+            "True marks valid positions, the same for all channels"
+        )
+
+
+def _may_read(count: Tensor, *, needs_to: bool) -> bool:
     """Return whether to look at the total count, which on an accelerator makes the host wait for it.
 
     A rank with two values per channel or more knows that the total is not 1; only the others have to look.
@@ -146,10 +208,10 @@ def _may_read(count: Tensor, local_count: int) -> bool:
         return False
     if count.device.type == "cpu":
         return True
-    return local_count <= 1 and not (count.is_cuda and torch.cuda.is_current_stream_capturing())
+    return needs_to and not (count.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _raise_on_every_rank(count: float, x: Tensor, process_group: dist.ProcessGroup | None) -> None:
+def _raise_on_every_rank(count: float, x: Tensor, process_group: Group) -> None:
     if count != count:
         raise ValueError(
             "expected valid input on every rank, got a refusal from another rank of the group: its error says why"

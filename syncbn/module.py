@@ -1,4 +1,4 @@
-"""SyncBatchNorm: parameters, buffers, train/eval policy, running statistics."""
+"""SyncBatchNorm and its local twin: parameters, buffers, train/eval policy, running statistics."""
 
 from typing import Any
 
@@ -9,22 +9,127 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import collectives
-from syncbn.functional import check_input, is_recomputing, normalize
+from syncbn.activations import check_activation
+from syncbn.collectives import LOCAL, Group
+from syncbn.functional import check_input, finish, is_recomputing, normalize
 from syncbn.statistics import update_running_
 
 
 class BatchNorm(_BatchNorm):
     """Batch normalization of this rank alone, of input with any number of dimensions.
 
-    What `revert_sync_batchnorm` makes of a `SyncBatchNorm` that was never a BatchNorm1d, 2d or 3d.
+    What `revert_sync_batchnorm` makes of a `SyncBatchNorm` that was constructed as such; arguments as there.
     """
 
+    activation: str = "identity"
+    temperature: float = 1.0
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str = "identity",
+        temperature: float = 1.0,
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"expected num_features of at least 1, got {num_features}")
+        if eps < 0:
+            raise ValueError(f"expected eps of at least 0, got {eps}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"expected momentum between 0 and 1, or None for a cumulative average, got {momentum}")
+        if not temperature > 0:
+            raise ValueError(f"expected temperature above 0, got {temperature}: 1 leaves the output as it is")
+        check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # torch 2.11 has no such argument
+            self.register_parameter("bias", None)
+        self.activation = activation
+        self.temperature = temperature
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return `activation(temperature * bn(input) + residual)`, like `input` in shape, dtype and memory format.
+
+        Args:
+            input: (N, C) to (N, C, D, H, W).
+            residual: like `input`.
+            mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
+        """
+
+        def check() -> None:
+            self._check_input_dim(input)
+            parameter = self.weight if self.weight is not None else self.running_mean
+            check_input(input, num_features=self.num_features, parameter=parameter, residual=residual, mask=mask)
+
+        weight, bias = self._scaled_parameters(input)
+        if not self.training and self.running_mean is not None:
+            check()
+            y = F.batch_norm(input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            return finish(y, residual=residual, mask=mask, activation=self.activation)
+        y, count, mean, var = normalize(
+            input,
+            weight,
+            bias,
+            residual=residual,
+            mask=mask,
+            activation=self.activation,
+            check=check,
+            num_features=self.num_features,
+            eps=self.eps,
+            process_group=self._group() if self.training else LOCAL,
+        )
+        if self.training and self.track_running_stats and not is_recomputing():
+            self._update_running_stats(count, mean, var)
+        return y
+
+    def reset_parameters(self) -> None:
+        """Set running statistics to those of no data, weight to 1 and bias to 0."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the arguments, with those beyond torch's where they are set."""
+        text = super().extra_repr()
+        text += f", activation={self.activation}" if self.activation != "identity" else ""
+        return text + (f", temperature={self.temperature}" if self.temperature != 1 else "")
+
+    def _group(self) -> Group:
+        return LOCAL
+
+    def _scaled_parameters(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias times the temperature: temperature * bn(x) for the price of 2C multiplications."""
+        if self.temperature == 1:
+            return self.weight, self.bias
+        if self.weight is not None:
+            return self.weight * self.temperature, None if self.bias is None else self.bias * self.temperature
+        like = input if self.running_mean is None else self.running_mean
+        return like.new_full((self.num_features,), self.temperature), None
+
+    def _update_running_stats(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        momentum: float | Tensor | None = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(count > 0)  # a batch that is empty on all ranks was none
+            if momentum is None:
+                momentum = 1 / self.num_batches_tracked.clamp(min=1).double()
+        momentum = 0.0 if momentum is None else momentum
+        update_running_(self.running_mean, self.running_var, count=count, mean=mean, var=var, momentum=momentum)
+
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected input of shape (N, C) or (N, C, ...), got {tuple(input.shape)}")
+        pass  # any number; check_input wants two at least
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """Batch normalization over the batch of all ranks of a process group.
 
     A drop-in for `torch.nn.BatchNorm1d`, `2d`, `3d` and `torch.nn.SyncBatchNorm`: same arguments, same state_dict, on
@@ -44,10 +149,14 @@ class SyncBatchNorm(_BatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: with `affine`, learn `bias` beside `weight`.
+        activation: identity, relu, leaky_relu (slope 0.01) or silu, fused: its input is computed again in backward
+            rather than kept.
+        temperature: factor on the normalized output, above 1 sharper, below 1 smoother; not part of the state_dict.
 
     Raises:
         ValueError: an argument does not fit, at construction; an input does not fit or the batch has one value per
             channel over all ranks, in training on every rank.
+        TypeError: `process_group` is not a process group.
 
     Source: Ioffe & Szegedy 2015, Algorithm 1; over all ranks as in Peng et al. 2018 (MegDet), section 3.
     """
@@ -68,71 +177,27 @@ class SyncBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str = "identity",
+        temperature: float = 1.0,
     ) -> None:
-        if num_features < 1:
-            raise ValueError(f"expected num_features of at least 1, got {num_features}")
-        if eps < 0:
-            raise ValueError(f"expected eps of at least 0, got {eps}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"expected momentum between 0 and 1, or None for a cumulative average, got {momentum}")
         collectives.check_process_group(process_group)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # torch 2.11 has no such argument
-            self.register_parameter("bias", None)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            activation=activation,
+            temperature=temperature,
+        )
         self.process_group = process_group
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalized input, alike in shape, dtype and memory format.
-
-        Args:
-            input: (N, C) to (N, C, D, H, W).
-        """
-        if not self.training:
-            self._check_input(input)
-            use_batch = self.running_mean is None and self.running_var is None
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, use_batch, 0.0, self.eps
-            )
-        y, count, mean, var = normalize(
-            input,
-            self.weight,
-            self.bias,
-            check=self._check_input,
-            num_features=self.num_features,
-            eps=self.eps,
-            process_group=self.process_group,
-        )
-        if self.track_running_stats and not is_recomputing():
-            self._update_running_stats(count, mean, var)
-        return y
-
-    def _update_running_stats(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        momentum: float | Tensor | None = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(count > 0)  # a batch that is empty on all ranks was none
-            if momentum is None:
-                momentum = 1 / self.num_batches_tracked.clamp(min=1).double()
-        momentum = 0.0 if momentum is None else momentum
-        update_running_(self.running_mean, self.running_var, count=count, mean=mean, var=var, momentum=momentum)
-
-    def reset_parameters(self) -> None:
-        """Set running statistics to those of no data, weight to 1 and bias to 0."""
-        self.reset_running_stats()
-        if self.weight is not None:
-            torch.nn.init.ones_(self.weight)
-        if self.bias is not None:
-            torch.nn.init.zeros_(self.bias)
+    def _group(self) -> Group:
+        return self.process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.unsynced_class is not None:
             self.unsynced_class._check_input_dim(self, input)  # a former BatchNorm2d still wants (N, C, H, W)
-
-    def _check_input(self, input: Tensor) -> None:
-        self._check_input_dim(input)
-        check_input(input, num_features=self.num_features, parameter=_first(self.weight, self.running_mean))
-
-
-def _first(*tensors: Tensor | None) -> Tensor | None:
-    return next((tensor for tensor in tensors if tensor is not None), None)

@@ -3,8 +3,19 @@
 Per-channel values are float64 from the wire on, whatever the dtype of the activations; formulas: `syncbn.reference`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Channels(NamedTuple):
+    """What the elementwise verbs apply to each channel."""
+
+    mean: Tensor  # (C,) float64
+    invstd: Tensor  # (C,) float64
+    weight: Tensor | None  # (C,) of any floating dtype
+    bias: Tensor | None  # (C,) of any floating dtype
 
 
 def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:

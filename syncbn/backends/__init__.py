@@ -1,9 +1,10 @@
-"""The four verbs of batch normalization, and which implementation of them serves a tensor.
+"""The verbs of batch normalization, and which implementation of them serves a tensor.
 
-batch_norm_stats            count, mean and M2 of one rank                    one read of x
-batch_norm_elemt            the normalized output                             one read of x, one write
-batch_norm_backward_reduce  sum(dy) and sum(dy * (x - mean)) of one rank      one read of x and dy
-batch_norm_backward_elemt   the gradient of x                                 one read of x and dy, one write
+batch_norm_stats                count, mean and M2 of one rank                   one read of x
+batch_norm_elemt                the output                                       one read of x, one write
+batch_norm_activation_backward  the gradient in front of the activation          one read of x and dy, one write
+batch_norm_backward_reduce      sum(dy) and sum(dy * (x - mean)) of one rank     one read of x and dy
+batch_norm_backward_elemt       the gradient of x                                one read of x and dy, one write
 
 Names and meanings are PyTorch's own. A backend sees one rank; it never communicates.
 """
@@ -13,30 +14,47 @@ from typing import Protocol
 from torch import Tensor
 
 from syncbn.backends import torch_ops
+from syncbn.statistics import Channels
 
 
 class Backend(Protocol):
-    """Per-channel arguments and results are float64 of shape (C,), counts are float64 of shape ()."""
+    """Per-channel results are float64 of shape (C,), counts float64 of shape (); masks bool, (N, 1, *S) or broadcast.
 
-    def batch_norm_stats(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    Masked positions (False) are as if absent: they enter no sum, and their output and gradient are 0.
+    """
+
+    def batch_norm_stats(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return count, mean and the sum of squared deviations from the mean."""
 
     def batch_norm_elemt(
-        self, x: Tensor, *, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+        self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
     ) -> Tensor:
-        """Return `(x - mean) * invstd * weight + bias` in the dtype and layout of x."""
+        """Return `activation((x - mean) * invstd * weight + bias + residual)` in the dtype and layout of x."""
 
-    def batch_norm_backward_reduce(self, grad_output: Tensor, x: Tensor, *, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `sum(dy)` and `sum(dy * (x - mean))` per channel."""
-
-    def batch_norm_backward_elemt(
+    def batch_norm_activation_backward(
         self,
         grad_output: Tensor,
         x: Tensor,
+        channels: Channels,
         *,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        """Return dy, the gradient of what went into the activation; computed again from x, nothing was stored."""
+
+    def batch_norm_backward_reduce(
+        self, dy: Tensor, x: Tensor, channels: Channels, *, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return sum(dy) and sum(dy * (x - mean))."""
+
+    def batch_norm_backward_elemt(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        channels: Channels,
+        *,
+        mask: Tensor | None,
         count: Tensor,
         sum_dy: Tensor,
         sum_dy_xmu: Tensor,

@@ -1,0 +1,36 @@
+"""The activations that the layer can fuse: each as a function and as its gradient."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LEAKY_RELU_SLOPE = 0.01  # the default of torch.nn.LeakyReLU
+
+
+class Activation(NamedTuple):
+    """`apply(z)`, `apply_(z)` in place, and `backward(dy, z)`: dy times the derivative at z."""
+
+    apply: Callable[[Tensor], Tensor]
+    apply_: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "identity": Activation(lambda z: z, lambda z: z, lambda dy, z: dy),
+    "relu": Activation(F.relu, F.relu_, lambda dy, z: torch.ops.aten.threshold_backward(dy, z, 0)),
+    "leaky_relu": Activation(
+        lambda z: F.leaky_relu(z, LEAKY_RELU_SLOPE),
+        lambda z: F.leaky_relu_(z, LEAKY_RELU_SLOPE),
+        lambda dy, z: torch.ops.aten.leaky_relu_backward(dy, z, LEAKY_RELU_SLOPE, False),
+    ),
+    "silu": Activation(F.silu, lambda z: F.silu(z, inplace=True), torch.ops.aten.silu_backward),
+}
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError, on this rank alone, unless `name` is one of `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {name!r}")
