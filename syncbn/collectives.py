@@ -1,41 +1,12 @@
-"""The only calls that communicate. A group of one rank never does."""
+"""The only calls that communicate in a training step. A group of one rank never does."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LOCAL: Literal["local"] = "local"  # in place of a group: this rank alone
-Group = dist.ProcessGroup | None | Literal["local"]  # None: all ranks
-
-
-def check_process_group(process_group: Any) -> None:
-    """Raise TypeError, on this rank alone, unless given None or what `torch.distributed.new_group` returns."""
-    if process_group is None or not dist.is_available():
-        return
-    if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
-        raise TypeError(
-            f"expected a process group, got {type(process_group).__name__}: make one with "
-            "torch.distributed.new_group(ranks), called by every rank"
-        )
-
-
-def group_size(process_group: Group) -> int:
-    """Return the number of ranks that share statistics; 1 where torch.distributed is not initialized.
-
-    Raises:
-        ValueError: this rank is not a member of `process_group`; on this rank alone, its members are not affected.
-    """
-    if isinstance(process_group, str) or not dist.is_available() or not dist.is_initialized():
-        return 1
-    size = dist.get_world_size(process_group)
-    if size < 1:
-        raise ValueError(
-            "expected a process group that this rank belongs to, got one without it: "
-            "give every rank the group it is a member of"
-        )
-    return size
+from syncbn.groups import Group, group_size
 
 
 def all_reduce_(values: Tensor, process_group: Group) -> Tensor:

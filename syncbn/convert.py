@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import collectives
+from syncbn import groups
 from syncbn.module import BatchNorm, SyncBatchNorm
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -35,7 +35,7 @@ def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | N
         TypeError: a subclass overrides forward without calling super().forward(), so that it cannot be synchronized;
             nothing is converted.
     """
-    collectives.check_process_group(process_group)
+    groups.check_process_group(process_group)
     layers: list[tuple[str, Any]] = [
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from syncbn import backends, collectives
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
-from syncbn.collectives import Group
+from syncbn.groups import Group
 from syncbn.statistics import Channels, invstd_of, pack, unpack
 
 

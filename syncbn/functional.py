@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from syncbn import collectives
 from syncbn.activations import ACTIVATIONS, check_activation
-from syncbn.collectives import Group
 from syncbn.function import SyncBatchNormFunction
+from syncbn.groups import Group, group_size
 from syncbn.statistics import update_running_
 
 
@@ -219,6 +219,6 @@ def _raise_on_every_rank(count: float, x: Tensor, process_group: Group) -> None:
     if count == 1:
         raise ValueError(
             f"expected more than 1 value per channel when training, got 1 over all "
-            f"{collectives.group_size(process_group)} ranks (here: input of shape {tuple(x.shape)}): "
+            f"{group_size(process_group)} ranks (here: input of shape {tuple(x.shape)}): "
             "use a larger batch, or call .eval()"
         )

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import collectives
+from syncbn import groups
 from syncbn.activations import check_activation
-from syncbn.collectives import LOCAL, Group
 from syncbn.functional import check_input, finish, is_recomputing, normalize
+from syncbn.groups import LOCAL, Group
 from syncbn.statistics import update_running_
+
+_GROUP_ATTRIBUTES = ("process_group", "unsynced_group")
 
 
 class BatchNorm(_BatchNorm):
@@ -180,7 +182,7 @@ class SyncBatchNorm(BatchNorm):
         activation: str = "identity",
         temperature: float = 1.0,
     ) -> None:
-        collectives.check_process_group(process_group)
+        groups.check_process_group(process_group)
         super().__init__(
             num_features,
             eps,
@@ -194,6 +196,14 @@ class SyncBatchNorm(BatchNorm):
             temperature=temperature,
         )
         self.process_group = process_group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {name: groups.reference_to(getattr(self, name)) for name in _GROUP_ATTRIBUTES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in _GROUP_ATTRIBUTES:
+            setattr(self, name, groups.resolve(getattr(self, name)))
 
     def _group(self) -> Group:
         return self.process_group
