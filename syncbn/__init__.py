@@ -1,17 +1,27 @@
 """Synchronized batch normalization for PyTorch: one all-reduce forward, one backward, exact on every device."""
 
+from syncbn.checks import DesyncError as DesyncError
+from syncbn.checks import assert_replicas_equal as assert_replicas_equal
+from syncbn.checks import detect_desync as detect_desync
 from syncbn.convert import convert_sync_batchnorm as convert_sync_batchnorm
 from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.functional import sync_batch_norm as sync_batch_norm
 from syncbn.groups import new_sync_groups as new_sync_groups
 from syncbn.module import BatchNorm as BatchNorm
 from syncbn.module import SyncBatchNorm as SyncBatchNorm
+from syncbn.recalibrate import merge_running_stats as merge_running_stats
+from syncbn.recalibrate import recalibrate as recalibrate
 
 __all__ = [
     "BatchNorm",
+    "DesyncError",
     "SyncBatchNorm",
+    "assert_replicas_equal",
     "convert_sync_batchnorm",
+    "detect_desync",
+    "merge_running_stats",
     "new_sync_groups",
+    "recalibrate",
     "revert_sync_batchnorm",
     "sync_batch_norm",
 ]

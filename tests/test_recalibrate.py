@@ -1,0 +1,135 @@
+"""Population statistics: those of the whole data set, on every rank alike, and nothing else of the model changes."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+import syncbn
+from syncbn import reference
+
+LENGTHS = {"even": (2, 2), "uneven": (3, 1), "none": (4, 0)}
+
+
+def data() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (5, 2, 7, 3)
+    return [index + torch.randn(n, 3, 4, dtype=torch.float64, generator=generator) for index, n in enumerate(sizes)]
+
+
+def network(norm=torch.nn.BatchNorm1d) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        norm(3), torch.nn.Dropout(0.5), torch.nn.Conv1d(3, 4, 1), torch.nn.ReLU(), norm(4), torch.nn.Conv1d(4, 2, 1)
+    ).double()
+
+
+def recalibrated(lengths: tuple[int, ...], synchronize: bool) -> tuple[dict[str, np.ndarray], int]:
+    start = sum(lengths[: dist.get_rank()])
+    own = [(x, "a label") for x in data()[start : start + lengths[dist.get_rank()]]]
+    model = network()
+    if synchronize:
+        syncbn.convert_sync_batchnorm(model)
+    read = syncbn.recalibrate(model, iter(own))
+    return {name: value.numpy() for name, value in model.state_dict().items()}, read
+
+
+@pytest.mark.parametrize("synchronize", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_statistics_are_those_of_all_values_of_all_ranks(lengths, synchronize):
+    ranks = run_ranks(2, recalibrated, lengths, synchronize)
+    values = np.concatenate([np.moveaxis(x.numpy(), 1, -1).reshape(-1, 3) for x in data()])
+    for (state, read), length in zip(ranks, lengths, strict=True):
+        assert read == length
+        np.testing.assert_allclose(state["0.running_mean"], values.mean(0), atol=1e-12)
+        np.testing.assert_allclose(state["0.running_var"], values.var(0, ddof=1), atol=1e-12)
+        assert all(np.array_equal(value, ranks[0][0][name]) for name, value in state.items())
+
+
+def test_deeper_layers_see_what_they_see_in_training_but_without_dropout():
+    model, (x, *_) = network(), data()
+    syncbn.recalibrate(model, [x])
+    with torch.no_grad():
+        normalized = torch.from_numpy(reference.batch_norm(x.numpy()).output)
+        hidden = torch.relu(model[2](normalized))
+    expected = reference.batch_norm(hidden.numpy())
+    np.testing.assert_allclose(model[4].running_mean.numpy(), expected.mean, atol=1e-12)
+
+
+def test_splitting_the_data_into_other_batches_changes_nothing_in_the_first_layer():
+    one, other = network(), network()
+    syncbn.recalibrate(one, [torch.cat(data())])
+    syncbn.recalibrate(other, data())
+    torch.testing.assert_close(one[0].running_var, other[0].running_var, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d, syncbn.SyncBatchNorm, syncbn.BatchNorm])
+@pytest.mark.parametrize("training", [True, False])
+def test_flags_generators_and_all_other_state_stay_as_they_were(norm, training):
+    model = network(norm).train(training)
+    model[4].eval()
+    flags = [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert syncbn.recalibrate(model, data(), num_batches=2) == 2
+    assert [module.training for module in model.modules()] == flags
+    assert all(layer.track_running_stats for layer in (model[0], model[4]))
+    assert torch.equal(torch.get_rng_state(), generator)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"0.running_mean", "0.running_var", "4.running_mean", "4.running_var"}
+    assert not model[0]._forward_pre_hooks
+
+
+def test_an_exception_restores_flags_and_keeps_the_statistics():
+    model = network().eval()
+
+    def batches():
+        yield data()[0]
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        syncbn.recalibrate(model, batches())
+    assert not any(module.training for module in model.modules())
+    assert model[0].running_mean.abs().max() == 0
+    assert model[0].track_running_stats
+
+
+def test_no_batch_at_all_is_an_error_and_no_layer_at_all_is_none():
+    with pytest.raises(ValueError, match="expected at least one batch on some rank, got none"):
+        syncbn.recalibrate(network(), [])
+    assert syncbn.recalibrate(torch.nn.Conv1d(3, 4, 1).double(), data()) == 4
+
+
+def test_a_layer_that_the_model_does_not_use_keeps_its_statistics():
+    model = network()
+    model[0].unused = torch.nn.BatchNorm1d(2)
+    syncbn.recalibrate(model, data())
+    assert model[0].unused.running_var.tolist() == [1, 1]
+
+
+def merged(counts: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    torch.manual_seed(dist.get_rank())
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).double()
+    model[0].running_mean.normal_()
+    model[0].running_var.uniform_(1, 2)
+    own = (model[0].running_mean.numpy().copy(), model[0].running_var.numpy().copy())
+    syncbn.merge_running_stats(model, counts[dist.get_rank()])
+    return *own, model[0].running_mean.numpy(), model[0].running_var.numpy()
+
+
+@pytest.mark.parametrize("counts", [(1.0, 1.0, 1.0), (100, 300, 0), (0.2, 0.1, 0.1)], ids=str)
+def test_merged_statistics_are_the_pooled_ones(counts):
+    ranks = run_ranks(3, merged, counts)
+    weights = np.array(counts) / sum(counts)
+    means, variances = np.array([rank[0] for rank in ranks]), np.array([rank[1] for rank in ranks])
+    mean = weights @ means
+    var = weights @ variances + weights @ (means - mean) ** 2
+    for rank in ranks:
+        np.testing.assert_allclose(rank[2], mean, atol=1e-12)
+        np.testing.assert_allclose(rank[3], var, atol=1e-12)
+
+
+def test_merging_without_any_count_is_refused():
+    with pytest.raises(ValueError, match="expected a positive count on some rank"):
+        syncbn.merge_running_stats(network(), 0)
