@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import backends, collectives
+from syncbn import backends, checks, collectives
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.groups import Group
@@ -30,6 +30,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         eps: float,
         activation: str,
         process_group: Group,
+        record: checks.Record | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y like x, then count (), mean (C,) and biased var (C,) of the whole group, float64."""
         backend = backends.select(x)
@@ -39,7 +40,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         channels = Channels(mean, invstd_of(var, eps), weight, bias)
         y = backend.batch_norm_elemt(x, channels, residual=residual, mask=mask, activation=activation)
 
-        ctx.eps, ctx.activation, ctx.process_group = eps, activation, process_group
+        ctx.eps, ctx.activation, ctx.process_group, ctx.record = eps, activation, process_group, record
         kept_residual = None if activation == "identity" else residual
         ctx.save_for_backward(x, weight, bias, kept_residual, mask, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
@@ -53,6 +54,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         if grad_output is None:
             grad_output = torch.zeros_like(x)
+        checks.announce_backward(ctx.record, ctx.process_group)
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_backward(ctx, grad_output)
 
@@ -72,7 +74,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             grad_input = backend.batch_norm_backward_elemt(
                 dy, x, channels, mask=mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
             )
-        return grad_input, grad_weight, grad_bias, dy if needs_residual else None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, dy if needs_residual else None, *[None] * 5
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +106,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     wanted |= {"residual": residual} if needs_residual else {}
     grads = dict(zip(wanted, torch.autograd.grad(y, [*wanted.values()], grad_output, create_graph=True), strict=True))
     grad_input = grads["x"] if needs_x else None
-    return grad_input, grads.get("weight"), grads.get("bias"), grads.get("residual"), None, None, None, None
+    return grad_input, grads.get("weight"), grads.get("bias"), grads.get("residual"), *[None] * 5
 
 
 def _differentiable_forward(

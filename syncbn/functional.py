@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import collectives
+from syncbn import checks, collectives
 from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group, group_size
@@ -104,14 +104,20 @@ def normalize(
 
     Raises:
         ValueError: as `sync_batch_norm`.
+        DesyncError: with `detect_desync`, ranks differ; on every rank.
     """
+    differentiable = torch.is_grad_enabled()
+    needs_grad = [differentiable and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
+    record = checks.announce(x, needs_grad, process_group)
     try:
         check()
     except ValueError:
         channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
         collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
         raise
-    y, count, mean, var = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, eps, activation, process_group)
+    y, count, mean, var = SyncBatchNormFunction.apply(
+        x, weight, bias, residual, mask, eps, activation, process_group, record
+    )
     at_most_one = mask is None and x.numel() // x.shape[1] <= 1
     if _may_read(count, needs_to=at_most_one):
         _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)

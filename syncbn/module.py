@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import groups
 from syncbn.activations import check_activation
+from syncbn.checks import note_evaluation
 from syncbn.functional import check_input, finish, is_recomputing, normalize
 from syncbn.groups import LOCAL, Group
 from syncbn.statistics import update_running_
@@ -72,6 +73,7 @@ class BatchNorm(_BatchNorm):
         weight, bias = self._scaled_parameters(input)
         if not self.training and self.running_mean is not None:
             check()
+            note_evaluation(input, self._group())
             y = F.batch_norm(input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
             return finish(y, residual=residual, mask=mask, activation=self.activation)
         y, count, mean, var = normalize(

@@ -1,6 +1,8 @@
 """SyncBatchNorm in one process: a drop-in for torch's BatchNorm layers."""
 
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -203,9 +205,6 @@ def test_reset_parameters_returns_to_the_initial_state_also_without_bias():
 
 
 def test_importing_the_package_imports_neither_triton_nor_lightning_nor_hydra():
-    import subprocess
-    import sys
-
     code = "import sys, syncbn; print(*({'triton', 'lightning', 'hydra', 'train'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
