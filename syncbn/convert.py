@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from syncbn import groups
+from syncbn.functional import sync_batch_norm
 from syncbn.module import BatchNorm, SyncBatchNorm
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -32,8 +35,8 @@ def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | N
     Raises:
         ValueError: a lazy module has not seen its first batch; nothing is converted.
         TypeError: `process_group` is not a process group; nothing is converted.
-        TypeError: a subclass overrides forward without calling super().forward(), so that it cannot be synchronized;
-            nothing is converted.
+        TypeError: a subclass has a forward that calls neither super().forward() nor torch's batch_norm function, so
+            that it cannot be synchronized; nothing is converted.
     """
     groups.check_process_group(process_group)
     layers: list[tuple[str, Any]] = [
@@ -80,34 +83,60 @@ def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
         )
     if plain_class in _PLAIN_CLASSES:
         return SyncBatchNorm
-    if not _reaches_super_forward(plain_class):
+    if not _calls_from_forward(plain_class) & {"super", "batch_norm"}:
         raise TypeError(
-            f"expected a batch normalization whose forward calls super().forward(), got {plain_class.__name__} at "
-            f"'{name}': call it there, or replace the module by a BatchNorm before converting"
+            f"expected a batch normalization whose forward calls super().forward() or torch's batch_norm function, got "
+            f"{plain_class.__name__} at '{name}': call one there, or replace the module by a BatchNorm"
         )
     return _synced_subclass(plain_class)
 
 
-def _reaches_super_forward(plain_class: type[nn.Module]) -> bool:
-    """Return whether every forward between `plain_class` and torch's own calls that of the next class."""
-    for cls in plain_class.__mro__:
-        if cls is _BatchNorm:
-            return True
-        forward = cls.__dict__.get("forward")
-        code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
-        if forward is not None and (code is None or not {"super", "forward"} <= set(code.co_names)):
-            return False
-    return False
+def _calls_from_forward(plain_class: Any) -> set[str]:
+    """Return which of super and batch_norm the forward of `plain_class` calls; super where it has none of its own."""
+    forward = plain_class.forward
+    if forward is _BatchNorm.forward:
+        return {"super"}
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    return names & {"batch_norm"} | ({"super"} if {"super", "forward"} <= names else set())
+
+
+class _SyncedFunctional(TorchFunctionMode):
+    """Within it, torch's batch_norm function in training is ours, over the process group of `layer`."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        call = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {})).arguments
+        if not call.get("training", False):
+            return func(*args, **(kwargs or {}))
+        return sync_batch_norm(**call, process_group=self.layer.process_group)
 
 
 @cache
 def _synced_subclass(plain_class: Any) -> type[nn.Module]:
-    """Return a class in which `super().forward()` of `plain_class` arrives at SyncBatchNorm."""
+    """Return a class with the forward of `plain_class`, in which normalization in training is synchronized.
+
+    What it calls as `super().forward()` is then that of SyncBatchNorm; what it calls as `batch_norm` is intercepted.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return plain_class.forward(self, *args, **kwargs)
+        with _SyncedFunctional(self):
+            return plain_class.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # the class has no module to be found in
         return _rebuild, (plain_class,), self.__getstate__()
 
-    return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), {"__reduce_ex__": reduce})
+    members: dict[str, Any] = {"__reduce_ex__": reduce}
+    if "batch_norm" in _calls_from_forward(plain_class):
+        members["forward"] = forward
+    return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), members)
 
 
 def _rebuild(plain_class: Any) -> nn.Module:
