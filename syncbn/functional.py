@@ -154,6 +154,8 @@ def check_input(
     Raises:
         ValueError: on this rank alone; what must hold, what came and what to do.
     """
+    if torch.jit.is_tracing():  # sizes are tensors there, and a branch on them would be frozen in
+        return
     channels = "C" if num_features is None else num_features
     if x.dim() < 2:
         raise ValueError(

@@ -74,6 +74,8 @@ class BatchNorm(_BatchNorm):
         if not self.training and self.running_mean is not None:
             check()
             note_evaluation(input, self._group())
+            # FSDP casts parameters and not buffers; torch wants them alike.
+            weight, bias = (p if p is None else p.to(self.running_mean.dtype) for p in (weight, bias))
             y = F.batch_norm(input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
             return finish(y, residual=residual, mask=mask, activation=self.activation)
         y, count, mean, var = normalize(
