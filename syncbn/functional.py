@@ -212,10 +212,10 @@ def _may_read(count: Tensor, *, needs_to: bool) -> bool:
 
     A rank with two values per channel or more knows that the total is not 1; only the others have to look.
     """
-    if torch.compiler.is_compiling() or type(count) is not Tensor:
+    if torch.compiler.is_compiling():
         return False
     if count.device.type == "cpu":
-        return True
+        return type(count) is Tensor  # not one without data, as tracers use
     return needs_to and not (count.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
