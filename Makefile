@@ -23,6 +23,9 @@ check: $(READY) ## lint, format check and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(READY) ## compare the layer with local BatchNorm and other formulations (rows in benchmarks/)
+	$(BIN)/python scripts/bench_layer.py
+
 clean: ## remove the environment, caches and run directories
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache outputs multirun
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
