@@ -1,0 +1,225 @@
+"""Pre-activation residual networks: norm-ReLU-convolution units around an identity that nothing touches.
+
+Source: He et al. 2016, Identity Mappings in Deep Residual Networks, figure 1(b), table 4 and the appendix. As in
+torchvision the stride of a bottleneck is on its 3x3 convolution; shortcuts that change shape are 1x1 convolutions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+NormFactory = Callable[[int], nn.Module]
+SMALL_IMAGE = 64  # pixels a side, up to which the 7x7 stem and its pooling would leave too little to see
+
+
+class _PreActUnit(nn.Module):
+    """A residual unit; a subclass adds the branch.
+
+    Args:
+        in_channels: channels of the input.
+        width: channels of the 3x3 convolutions; the output has `width * expansion`.
+        stride: of the unit, 1 or 2.
+        norm_layer: `norm_layer(num_channels)` returns a new normalization.
+        conv_bias: whether the convolutions have a bias, for a norm that shifts nothing.
+        share_preactivation: the shortcut takes the activated input too, as in the first unit of a network; a unit that
+            changes the shape always does.
+    """
+
+    expansion: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        norm_layer: NormFactory,
+        *,
+        conv_bias: bool = False,
+        share_preactivation: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=conv_bias)
+        self.share_preactivation = share_preactivation or self.shortcut is not None
+        self.norm1 = norm_layer(in_channels)
+        self.add_branch(in_channels, width, stride, norm_layer, conv_bias)
+
+    def add_branch(self, in_channels: int, width: int, stride: int, norm_layer: NormFactory, bias: bool) -> None:
+        """Create the layers between the first ReLU and the addition."""
+        raise NotImplementedError
+
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return the residual for an input that is normalized and activated."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return shortcut + residual: (N, in_channels, H, W) to (N, width * expansion, H / stride, W / stride)."""
+        activated = self.norm1(x).relu()
+        identity = activated if self.share_preactivation else x
+        if self.shortcut is not None:
+            identity = self.shortcut(identity)
+        return identity + self.branch(activated)
+
+
+class PreActBlock(_PreActUnit):
+    """Two 3x3 convolutions, each after norm and ReLU."""
+
+    expansion = 1
+
+    def add_branch(self, in_channels: int, width: int, stride: int, norm_layer: NormFactory, bias: bool) -> None:
+        """Create 3x3 and 3x3; the first has the stride."""
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=bias)
+        self.norm2 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=bias)
+
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return the residual for an input that is normalized and activated."""
+        return self.conv2(self.norm2(self.conv1(activated)).relu())
+
+
+class PreActBottleneck(_PreActUnit):
+    """A 1x1, a 3x3 and a 1x1 convolution, each after norm and ReLU."""
+
+    expansion = 4
+
+    def add_branch(self, in_channels: int, width: int, stride: int, norm_layer: NormFactory, bias: bool) -> None:
+        """Create 1x1, 3x3 and 1x1; the 3x3 has the stride."""
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=bias)
+        self.norm2 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=bias)
+        self.norm3 = norm_layer(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=bias)
+
+    def branch(self, activated: Tensor) -> Tensor:
+        """Return the residual for an input that is normalized and activated."""
+        residual = self.conv2(self.norm2(self.conv1(activated)).relu())
+        return self.conv3(self.norm3(residual).relu())
+
+
+class PreActResNet(nn.Module):
+    """Stem, stages of units that double the width and halve the image, final norm-ReLU, mean over pixels, linear.
+
+    Args:
+        block: `PreActBlock` or `PreActBottleneck`.
+        units: units in each stage.
+        width: channels of the first stage before the block's expansion.
+        norm_layer: `norm_layer(num_channels)` returns a new normalization. Where it has no parameters of its own, the
+            convolutions get a bias.
+        num_classes: outputs.
+        in_channels: channels of the images.
+        small_stem: a 3x3 convolution with stride 1; otherwise 7x7 with stride 2 and 3x3 max pooling with stride 2.
+    """
+
+    def __init__(
+        self,
+        block: type[_PreActUnit],
+        units: Sequence[int],
+        width: int,
+        norm_layer: NormFactory,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        small_stem: bool = True,
+    ) -> None:
+        super().__init__()
+        conv_bias = next(norm_layer(width).parameters(), None) is None
+        self.stem = _stem(in_channels, width, small_stem, conv_bias)
+        stages, channels = [], width
+        for stage, count in enumerate(units):
+            stage_width = width * 2**stage
+            blocks = []
+            for unit in range(count):
+                blocks.append(
+                    block(
+                        channels,
+                        stage_width,
+                        2 if stage > 0 and unit == 0 else 1,
+                        norm_layer,
+                        conv_bias=conv_bias,
+                        share_preactivation=stage == unit == 0,
+                    )
+                )
+                channels = stage_width * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm_layer(channels)
+        self.head = nn.Linear(channels, num_classes)
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images (N, in_channels, H, W); N may be 0."""
+        features = self.norm(self.stages(self.stem(x))).relu()
+        return self.head(features.mean((2, 3)))
+
+
+class _Form(NamedTuple):
+    """One published depth: its unit, its stages, and the width of the first."""
+
+    block: type[_PreActUnit]
+    units: tuple[int, ...]
+    width: int
+
+
+FORMS = {
+    18: _Form(PreActBlock, (2, 2, 2, 2), 64),
+    34: _Form(PreActBlock, (3, 4, 6, 3), 64),
+    50: _Form(PreActBottleneck, (3, 4, 6, 3), 64),
+    101: _Form(PreActBottleneck, (3, 4, 23, 3), 64),
+    152: _Form(PreActBottleneck, (3, 8, 36, 3), 64),
+    20: _Form(PreActBlock, (3, 3, 3), 16),
+    56: _Form(PreActBlock, (9, 9, 9), 16),
+    110: _Form(PreActBlock, (18, 18, 18), 16),
+    164: _Form(PreActBottleneck, (18, 18, 18), 16),
+}
+
+
+def preact_resnet(
+    depth: int,
+    norm_layer: NormFactory,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int = 224,
+    width: int | None = None,
+) -> PreActResNet:
+    """Return the network of a published depth.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152 (four stages), or 20, 56, 110 or 164 (three stages, for small images).
+        image_size: pixels a side; up to 64 the stem keeps the resolution (18 then is PreAct-18 for CIFAR).
+        width: channels of the first stage, if not the published 64 or 16.
+
+    Raises:
+        ValueError: a depth that is not in the table.
+    """
+    if depth not in FORMS:
+        raise ValueError(f"depth must be one of {sorted(FORMS)}, got {depth}: `PreActResNet` takes any stages")
+    form = FORMS[depth]
+    return PreActResNet(
+        form.block,
+        form.units,
+        width or form.width,
+        norm_layer,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        small_stem=len(form.units) == 3 or image_size <= SMALL_IMAGE,
+    )
+
+
+def _stem(in_channels: int, width: int, small: bool, bias: bool) -> nn.Module:
+    if small:
+        return nn.Conv2d(in_channels, width, 3, padding=1, bias=bias)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=bias), nn.MaxPool2d(3, stride=2, padding=1)
+    )
+
+
+def _initialize(module: nn.Module) -> None:
+    """He initialization of convolutions; every bias of theirs and of the head starts at 0."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
