@@ -1,0 +1,1 @@
+"""Hydra's configuration files, found as `pkg://conf` from any directory."""

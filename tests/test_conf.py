@@ -1,0 +1,64 @@
+"""Every configuration file is composed and instantiated."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import InstantiationException, MissingConfigException
+
+import conf
+from train import run
+
+ROOT = Path(conf.__file__).parent
+GROUPS = ("data", "model", "norm", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / group).glob("*.yaml"))]
+NARROW = {"model": ["model.width=4"], "experiment": ["model.width=4"]}
+
+
+def test_every_file_belongs_to_a_group_and_every_group_has_files():
+    in_groups = {ROOT / group / f"{name}.yaml" for group, name in CHOICES}
+    assert set(ROOT.rglob("*.yaml")) == {ROOT / "train.yaml", *in_groups}
+    assert {group for group, _ in CHOICES} == set(GROUPS)
+
+
+@pytest.mark.parametrize("group, name", CHOICES)
+def test_every_choice_builds_a_run(group, name, tmp_path):
+    config = run.compose([f"{group}={name}", f"run_dir={tmp_path}", *NARROW.get(group, [])])
+    if (group, name) == ("trainer", "gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU to build a trainer for")
+    trainer, model, data = run.build(config)
+    images = torch.randn(2, *data.collate.image_shape)
+    assert model(images).shape == (2, data.num_classes)
+    optimizer = model.make_optimizer(model.network)
+    model.make_scheduler(optimizer, total_steps=10, steps_per_epoch=5)
+    assert trainer.num_devices == 1
+
+
+@pytest.mark.parametrize("name", ["sync", "local", "group", "layer", "none"])
+def test_norm_is_an_axis_of_its_own(name):
+    assert ("norm", name) in CHOICES
+    assert run.compose([f"norm={name}"]).model == run.compose([]).model
+
+
+def test_the_experiment_of_the_defaults_is_the_default():
+    assert run.compose(["experiment=digits", "run_name=x"]) == run.compose(["run_name=x"])
+
+
+def test_an_unknown_choice_names_the_choices():
+    with pytest.raises(MissingConfigException) as caught:
+        run.compose(["norm=nonsense"])
+    assert all(name in str(caught.value) for name in ("group", "layer", "local", "none", "sync"))
+
+
+def test_a_value_that_a_constructor_refuses_is_said_in_one_line(monkeypatch):
+    with pytest.raises(InstantiationException) as caught:
+        run.build(run.compose(["model.depth=19", "run_name=x"]))
+    sentence = run.refusal_in(caught.value)
+    assert "depth must be one of [18, 20, 34, 50, 56, 101, 110, 152, 164], got 19" in sentence
+    assert "\n" not in sentence
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert run.refusal_in(caught.value) is None
+
+
+def test_an_error_of_the_program_is_not_taken_for_one_of_the_user():
+    assert run.refusal_in(KeyError("x")) is None

@@ -1,0 +1,156 @@
+"""Data modules: honest parts, clear sentences for what is missing, and real files read by torchvision."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from PIL import Image
+
+from train import datasets, run
+from train.distenv import Refusal
+
+
+def data_module(*overrides):
+    data = instantiate(run.compose(list(overrides)).data)
+    data.setup("fit")
+    return data
+
+
+def pairs_of(loader):
+    return [(image, int(label)) for images, labels in loader for image, label in zip(images, labels, strict=True)]
+
+
+def test_digits_have_disjoint_stratified_parts_that_no_seed_changes():
+    parts = []
+    for seed in (0, 1):
+        data = data_module(f"seed={seed}", "data.shuffle=false", "data.train_transforms=[]")
+        loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+        parts.append([pairs_of(loader) for loader in loaders])
+        assert [len(part) for part in parts[-1]] == [1293, 144, 360]
+    train, val, test = parts[0]
+    for part in (train, val, test):
+        shares = np.bincount([label for _, label in part], minlength=10) / len(part)
+        assert shares == pytest.approx(np.full(10, 0.1), abs=0.015)
+    keys = [{image.numpy().tobytes() for image, _ in part} for part in (train, val, test)]
+    assert not keys[0] & keys[1]
+    assert not (keys[0] | keys[1]) & keys[2]
+    for one, other in zip(*parts, strict=True):
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
+
+
+def test_digits_are_normalized_with_the_figures_of_the_file():
+    data = data_module("data.train_transforms=[]")
+    loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    images = torch.stack([image for loader in loaders for image, _ in pairs_of(loader)])
+    assert images.mean().item() == pytest.approx(0, abs=1e-3)
+    assert images.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_without_a_validation_part_all_images_train_and_the_test_set_validates():
+    data = data_module("data.val_fraction=0")
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (1437, 360, 360)
+
+
+def test_the_global_batch_can_be_given_for_each_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert data_module("data.batch_size_per_rank=5").global_batch_size == 15
+    assert data_module("data.global_batch_size=16").global_batch_size == 16
+
+
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InstantiationException) as caught:
+        data_module("data.global_batch_size=3")
+    assert run.refusal_in(caught.value) == (
+        "every rank must get an image: the global batch has 3 and there are 4 ranks, "
+        "set data.batch_size_per_rank=1 or more"
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
+def test_missing_files_are_named_with_the_override_that_downloads_them(name, tmp_path):
+    with pytest.raises(Refusal, match=rf"is missing or damaged in {tmp_path}: add data.download=true .* data.root=DIR"):
+        data_module(f"data={name}", f"data.root={tmp_path}")
+
+
+def test_a_download_that_fails_says_where_the_files_belong(tmp_path):
+    def unreachable(root, train, download):
+        raise OSError("no route to host")
+
+    with pytest.raises(Refusal, match=rf"could not be downloaded into {tmp_path} \(no route to host\): put its files"):
+        datasets.torchvision_dataset(str(tmp_path), download=True, factory=unreachable)
+
+
+def image_folder(root, classes=("ant", "bee")):
+    for part in ("train", "val"):
+        for number, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40 + i, 30), (60 * number, 10, 10)).save(folder / f"{i}.png")
+    return f"data.root={root}"
+
+
+IMAGES = ("data=imagefolder", "data.image_size=16", "data.num_workers=0", "data.val_fraction=0.25")
+
+
+def test_an_image_folder_is_read_and_brought_to_one_size(tmp_path):
+    data = data_module(*IMAGES, image_folder(tmp_path), "data.num_classes=2", "data.global_batch_size=6")
+    assert [len(labels) for _, labels in data.train_dataloader()] == [6]
+    images, labels = next(iter(data.test_dataloader()))
+    assert images.shape == (8, 3, 16, 16)
+    assert labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_an_image_folder_says_what_is_not_there(tmp_path):
+    with pytest.raises(Refusal, match=rf"no {tmp_path}/train: images are expected as .*/train/CLASS/\*.jpg.*data.root"):
+        data_module(*IMAGES, f"data.root={tmp_path}")
+
+
+def test_a_wrong_number_of_classes_is_refused_with_the_right_one(tmp_path):
+    with pytest.raises(Refusal, match=r"num_classes is 1000 .* has 2 class folders: set data.num_classes=2"):
+        data_module(*IMAGES, image_folder(tmp_path))
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    root = image_folder(tmp_path)
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(Refusal, match=r"every class folder must hold an image: .*cat"):
+        data_module(*IMAGES, root, "data.num_classes=3")
+
+
+def test_fake_images_have_the_size_that_was_asked_for():
+    data = data_module("data=fake", "data.image_size=24", "data.num_classes=7", "data.source.num_train=40")
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (36, 3, 24, 24)  # 40 but for the validation part
+    assert int(labels.max()) < 7
+
+
+def cifar10_root():
+    candidates = [os.environ.get("CIFAR10_ROOT"), Path(__file__).parents[1] / "data"]
+    for root in candidates:
+        if root and (Path(root) / "cifar-10-batches-py" / "test_batch").exists():
+            return root
+    pytest.skip("no CIFAR-10: put cifar-10-batches-py into data/ or name its directory in CIFAR10_ROOT")
+
+
+def test_cifar10_as_torchvision_reads_it_has_the_figures_of_the_file():
+    data = data_module("data=cifar10", f"data.root={cifar10_root()}", "data.train_transforms=[]", "data.val_fraction=0")
+    assert (len(data.train_set), len(data.test_set)) == (50_000, 10_000)
+    images, _ = next(iter(data.test_dataloader()))
+    assert images.shape == (512, 3, 32, 32)
+    assert images.mean().item() == pytest.approx(0, abs=0.1)
+    assert images.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_damaged_cifar10_files_are_refused(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(pickle.dumps({}))
+    with pytest.raises(Refusal, match="CIFAR10 is missing or damaged"):
+        data_module("data=cifar10", f"data.root={tmp_path}")

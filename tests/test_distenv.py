@@ -1,0 +1,67 @@
+"""What a launcher's environment is read as, and what is refused."""
+
+import pytest
+import torch
+
+from train import distenv
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "2"}
+
+
+def under(monkeypatch, **environment):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_there_is_one_rank(monkeypatch):
+    under(monkeypatch)
+    assert (distenv.rank(), distenv.world_size(), distenv.local_world_size(), distenv.num_nodes()) == (0, 1, 1, 1)
+
+
+def test_torchruns_environment_gives_ranks_and_nodes(monkeypatch):
+    under(monkeypatch, **TORCHRUN)
+    assert (distenv.rank(), distenv.world_size(), distenv.local_world_size(), distenv.num_nodes()) == (5, 6, 2, 3)
+
+
+@pytest.mark.parametrize("gpus, expected", [(0, "cpu"), (1, "cpu"), (2, "gpu"), (8, "gpu")])
+def test_gpus_are_used_where_every_local_rank_has_its_own(monkeypatch, gpus, expected):
+    under(monkeypatch, **TORCHRUN)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert distenv.accelerator() == expected
+
+
+def test_ranks_that_cannot_agree_on_a_directory_are_told_to_name_it(monkeypatch):
+    under(monkeypatch, RANK="0", WORLD_SIZE="2")
+    with pytest.raises(distenv.Refusal, match="torchrun, or name the directory with run_name"):
+        distenv.run_stamp()
+
+
+def test_the_first_rank_to_ask_the_store_names_the_run_for_all(monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    under(monkeypatch, **TORCHRUN, **agent)
+    assert len({distenv.run_stamp() for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_multirun_on_several_ranks_is_refused_with_the_command_that_works(monkeypatch, flag):
+    under(monkeypatch, RANK="0", WORLD_SIZE="2")
+    with pytest.raises(SystemExit, match=r"needs a single process, .* 2 ranks: .*`python -m train -m norm=sync,local`"):
+        distenv.refuse_multirun([flag, "norm=sync,local"])
+
+
+def test_multirun_in_a_single_process_is_hydras_own(monkeypatch):
+    under(monkeypatch)
+    distenv.refuse_multirun(["-m", "norm=sync,local"])
+
+
+def test_rank_0_reports_before_the_others(monkeypatch):
+    waited = []
+    monkeypatch.setattr(distenv.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        under(monkeypatch, RANK=rank, WORLD_SIZE="2")
+        with pytest.raises(SystemExit, match="error: no"):
+            distenv.leave("no")
+    assert waited == [distenv.RANK_ZERO_SPEAKS_FIRST_S]

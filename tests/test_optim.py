@@ -1,0 +1,57 @@
+"""Which parameters decay, how the rate follows the batch, and its course over the steps."""
+
+import pytest
+import torch
+from torch import nn
+
+from train.optim import build_optimizer, parameter_groups, warmup_cosine
+
+
+def small_model():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_kernels_and_matrices_decay_and_norms_and_biases_do_not():
+    decaying, others = parameter_groups(small_model(), 0.1)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert [tuple(parameter.shape) for parameter in decaying["params"]] == [(2, 1, 3, 3), (3, 8)]
+    assert [tuple(parameter.shape) for parameter in others["params"]] == [(2,), (2,), (2,), (3,)]
+
+
+def test_frozen_parameters_are_left_out():
+    model = small_model()
+    model[0].requires_grad_(False)
+    groups = parameter_groups(model, 0.1)
+    assert [len(group["params"]) for group in groups] == [1, 3]
+
+
+def test_the_rate_grows_with_the_global_batch():
+    optimizer = build_optimizer(small_model(), factory=torch.optim.SGD, global_batch_size=64, lr_per_256=0.4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def rates(total_steps, **options):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0)
+    scheduler = warmup_cosine(optimizer, total_steps=total_steps, **options)
+    course = []
+    for _ in range(total_steps):
+        course.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return course
+
+
+def test_the_rate_rises_linearly_and_falls_along_half_a_cosine():
+    course = rates(104, steps_per_epoch=4, warmup_epochs=1)
+    assert course[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert course[4 + 50] == pytest.approx(1.0)
+    assert course == course[:5] + sorted(course[5:], reverse=True)
+    assert 0 < course[-1] < 0.01
+
+
+def test_the_rate_ends_at_the_fraction_asked_for():
+    assert rates(1000, steps_per_epoch=1, warmup_epochs=0, final_fraction=0.25)[-1] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_run_shorter_than_its_warm_up_still_has_a_rate():
+    assert rates(1, steps_per_epoch=10, warmup_epochs=1) == [2.0]

@@ -1,0 +1,193 @@
+"""What watches a run: equal buffers before an evaluation, images per second, progress, and the history."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+
+from train.report import draw_curves
+
+SECONDS_BETWEEN_FIGURES = 0.5
+EPOCH_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")
+
+log = logging.getLogger(__name__)
+
+
+class BroadcastBuffers(Callback):
+    """Gives every rank rank 0's buffers before a validation, so that all ranks evaluate the model that is saved.
+
+    Synchronized running statistics are equal already; those of `norm=local` are each rank's own.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Broadcast, in the same order on every rank."""
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+class Throughput(Callback):
+    """Logs `images_per_second` of all ranks together since the epoch began, waiting for the device only to report.
+
+    Args:
+        warmup_steps: left out at the start of the run: allocation, kernel choice, first collectives.
+        every_n_steps: between two figures; the end of an epoch makes one too. Validation is not counted.
+    """
+
+    def __init__(self, warmup_steps: int = 5, every_n_steps: int = 20) -> None:
+        self.warmup_steps = warmup_steps
+        self.every_n_steps = every_n_steps
+        self._images = 0
+        self._start = 0.0
+        self._past_images = 0
+        self._past_seconds = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Images per second over all epochs so far; NaN before the first has ended."""
+        return self._past_images / self._past_seconds if self._past_seconds else float("nan")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the global batch, on the host alone."""
+        if trainer.global_step <= self.warmup_steps:
+            self._restart(trainer)
+            return
+        loader: Any = trainer.train_dataloader
+        self._images += loader.batch_sampler.global_size(batch_idx)
+        if trainer.is_last_batch or (batch_idx + 1) % self.every_n_steps == 0:
+            _finish(trainer)
+            seconds = time.perf_counter() - self._start
+            pl_module.log("images_per_second", self._images / seconds, prog_bar=True, batch_size=1)
+            if trainer.is_last_batch:
+                self._past_images += self._images
+                self._past_seconds += seconds
+
+    def _restart(self, trainer: Trainer) -> None:
+        _finish(trainer)
+        self._images = 0
+        self._start = time.perf_counter()
+
+
+class EpochLines(ProgressBar):
+    """One line for each epoch, for a log file or a pipe, where a moving bar would be noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Stay quiet; Lightning calls it on every rank but 0."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._enabled = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the figures of the epoch."""
+        if self._enabled:
+            print(_epoch_line(trainer), flush=True)
+
+
+class EpochBars(RichProgressBar):
+    """A rich bar for each epoch, whose figures change twice a second: reading one waits for its step."""
+
+    names: ClassVar = {
+        "train_loss_step": "loss",
+        "train_accuracy_step": "accuracy",
+        "val_accuracy": "val",
+        "images_per_second": "images/s",
+    }
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, leave=True)
+        self._figures: dict[str, str] = {}
+        self._read_at = 0.0
+
+    def configure_columns(self, trainer: Trainer) -> list:
+        """Return Lightning's columns with a shorter bar and without the steps per second."""
+        columns = super().configure_columns(trainer)[:-1]
+        columns[1].bar_width = 20
+        return columns
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:  # type: ignore[override]
+        """Return the figures to show."""
+        if trainer.is_last_batch or time.monotonic() > self._read_at + SECONDS_BETWEEN_FIGURES:
+            known = trainer.progress_bar_metrics
+            self._figures = {short: f"{known[name]:.4g}" for name, short in self.names.items() if name in known}
+            self._read_at = time.monotonic()
+        return self._figures
+
+
+def progress() -> ProgressBar:
+    """Return rich progress bars on a terminal, otherwise a line for each epoch."""
+    return EpochBars() if sys.stdout.isatty() else EpochLines()
+
+
+class History(Callback):
+    """Keeps the figures of every epoch, through a resume too: in the log and, drawn at the end, in `curves.png`.
+
+    Args:
+        directory: of the run.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self.epochs: list[dict[str, float]] = []
+        self.rates: list[tuple[float, float]] = []  # (epochs done, learning rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"epochs": self.epochs, "rates": self.rates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history of a checkpoint."""
+        self.epochs, self.rates = state_dict["epochs"], state_dict["rates"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the learning rate about ten times an epoch."""
+        steps = max(1, int(trainer.num_training_batches))
+        if batch_idx % max(1, steps // 10) == 0:
+            done = trainer.current_epoch + (batch_idx + 1) / steps
+            self.rates.append((done, trainer.optimizers[0].param_groups[0]["lr"]))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the figures of the epoch."""
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **_epoch_figures(trainer)})
+        if trainer.is_global_zero:
+            log.info(_epoch_line(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, on rank 0."""
+        if trainer.is_global_zero and self.epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            draw_curves(self.epochs, self.rates, self.directory / "curves.png")
+
+
+def _epoch_figures(trainer: Trainer) -> dict[str, float]:
+    figures = trainer.callback_metrics
+    return {name: float(figures[name]) for name in EPOCH_FIGURES if name in figures}
+
+
+def _epoch_line(trainer: Trainer) -> str:
+    figures = [f"{name} {value:.4g}" for name, value in _epoch_figures(trainer).items()]
+    return "  ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *figures])
+
+
+def _finish(trainer: Trainer) -> None:
+    """Wait for the device to have done what the host has asked for."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)

@@ -1,0 +1,131 @@
+"""The data module: which images train, validate and test, how they are prepared, and how the ranks share them."""
+
+from collections.abc import Callable, Sequence
+
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from train import distenv
+from train.datasets import Splits, hold_out
+from train.distenv import Refusal
+from train.samplers import Collate, GlobalBatchSampler, PreparedImages
+
+VALIDATION_SEED = 0  # one validation part for every run, whatever its seed
+
+
+class ImageData(LightningDataModule):
+    """Labelled images in global batches that do not depend on the number of ranks.
+
+    Args:
+        source: `source(root=, download=)` returns the train and test sets, see `train.datasets`.
+        num_classes: labels are 0 to num_classes - 1.
+        in_channels: channels of an image.
+        image_size: pixels a side once prepared.
+        mean, std: of each channel of the train set, for images with values from 0 to 1.
+        global_batch_size: images that all ranks together take in one step.
+        batch_size_per_rank: if given, the global batch has this many for each rank instead.
+        eval_batch_size: images that all ranks together validate or test in one step.
+        train_transforms: augmentation.
+        eval_transforms: what validation and test need, such as a resize.
+        val_fraction: part of the train set held out to choose the best checkpoint. With 0 the test set is also the
+            validation set: then only the last checkpoint has an honest test accuracy.
+        seed: of the order and the augmentation. The parts are chosen without it.
+        root: directory of the files, for the sources that have any.
+        download: fetch missing files once for each node.
+        num_workers: processes that load images for each rank.
+        shuffle: a new order in every epoch.
+    """
+
+    def __init__(
+        self,
+        source: Callable[..., Splits],
+        *,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        global_batch_size: int,
+        batch_size_per_rank: int | None = None,
+        eval_batch_size: int = 512,
+        train_transforms: Sequence[nn.Module] = (),
+        eval_transforms: Sequence[nn.Module] = (),
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        root: str | None = None,
+        download: bool = False,
+        num_workers: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        world_size = distenv.world_size()
+        self.source = source
+        self.num_classes = num_classes
+        self.global_batch_size = batch_size_per_rank * world_size if batch_size_per_rank else global_batch_size
+        if self.global_batch_size < world_size:
+            raise Refusal(
+                f"every rank must get an image: the global batch has {self.global_batch_size} and there are "
+                f"{world_size} ranks, set data.batch_size_per_rank=1 or more"
+            )
+        self.eval_batch_size = eval_batch_size
+        self.train_transforms = train_transforms
+        self.eval_transforms = eval_transforms
+        self.collate = Collate((in_channels, image_size, image_size), mean, std)
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.root = root
+        self.download = download
+        self.num_workers = num_workers
+        self.shuffle = shuffle
+
+    def prepare_data(self) -> None:
+        """Download once for each node, if asked to."""
+        if self.download:
+            self.source(root=self.root, download=True)
+
+    def setup(self, stage: str) -> None:
+        """Open the data sets on this rank.
+
+        Raises:
+            Refusal: files are missing; on every rank that misses them.
+        """
+        splits = self.source(root=self.root, download=False)
+        self.test_set = splits.test
+        if self.val_fraction:
+            self.train_set, self.val_set = hold_out(splits, self.val_fraction, VALIDATION_SEED)
+        else:
+            self.train_set, self.val_set = splits.train, splits.test
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the augmented train set in this epoch's order."""
+        return self._loader(self.train_set, self.train_transforms, self.global_batch_size, self.shuffle)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation set, every image once over all ranks."""
+        return self._loader(self.val_set, self.eval_transforms, self.eval_batch_size, shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test set, every image once over all ranks."""
+        return self._loader(self.test_set, self.eval_transforms, self.eval_batch_size, shuffle=False)
+
+    def _loader(
+        self, dataset: Dataset, transforms: Sequence[nn.Module], global_batch_size: int, shuffle: bool
+    ) -> DataLoader:
+        images = PreparedImages(dataset, transforms, self.seed)
+        sampler = GlobalBatchSampler(
+            len(images),
+            global_batch_size,
+            rank=distenv.rank(),
+            world_size=distenv.world_size(),
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+        return DataLoader(
+            images,
+            batch_sampler=sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=distenv.accelerator() == "gpu",
+        )

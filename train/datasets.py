@@ -1,0 +1,120 @@
+"""Where images come from: `source(root=, download=)` returns a train and a test data set of (image, label) pairs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset, Subset, TensorDataset
+from torchvision import datasets
+
+from train.distenv import Refusal
+
+DIGITS_TEST = 360  # of 1,797
+DIGITS_SPLIT_SEED = 0
+
+
+class Splits(NamedTuple):
+    """A train and a test data set, and the labels of the train set where they are known without reading its images."""
+
+    train: Dataset
+    test: Dataset
+    train_labels: list[int] | None
+
+
+def digits(root: str | None = None, download: bool = False) -> Splits:
+    """Return scikit-learn's 1,797 real 8x8 digits: 1,437 to train, 360 to test, stratified, always the same ones.
+
+    The images come with the package, so `root` and `download` mean nothing here.
+    """
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images / bunch.images.max()).float().unsqueeze(1)  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(bunch.target)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_TEST, stratify=bunch.target, random_state=DIGITS_SPLIT_SEED
+    )
+    return Splits(
+        TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test]), labels[train].tolist()
+    )
+
+
+def torchvision_dataset(root: str, download: bool = False, *, factory: Callable[..., Dataset]) -> Splits:
+    """Return one of torchvision's data sets that come as a train and a test part.
+
+    Args:
+        root: the directory with the files as torchvision lays them out.
+        factory: `torchvision.datasets.CIFAR10` and the like, called with (root, train=, download=).
+
+    Raises:
+        Refusal: the files are not there or damaged, or cannot be downloaded.
+    """
+    name = getattr(factory, "__name__", str(factory))
+    where = Path(root).resolve()
+    try:
+        train, test = (factory(root, train=train, download=download) for train in (True, False))
+    except OSError as error:
+        raise Refusal(
+            f"{name} could not be downloaded into {where} ({error}): put its files there, or name their directory with "
+            "data.root=DIR"
+        ) from error
+    except RuntimeError as error:
+        raise Refusal(
+            f"{name} is missing or damaged in {where}: add data.download=true to download it there, or data.root=DIR "
+            "to name the directory that has it"
+        ) from error
+    return Splits(train, test, [int(label) for label in train.targets])  # type: ignore[attr-defined]
+
+
+def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Splits:
+    """Return the images under `root/train/CLASS/` and `root/val/CLASS/`; the latter are the test set, as for ImageNet.
+
+    Raises:
+        Refusal: a directory is not there, or has another number of classes.
+    """
+    parts = []
+    for part in ("train", "val"):
+        folder = Path(root).resolve() / part
+        if not folder.is_dir():
+            raise Refusal(
+                f"there is no {folder}: images are expected as {folder}/CLASS/*.jpg, name another directory with "
+                "data.root=DIR"
+            )
+        try:
+            parts.append(datasets.ImageFolder(str(folder)))
+        except FileNotFoundError as error:
+            raise Refusal(f"every class folder must hold an image: {error}") from error
+    for part in parts:
+        if len(part.classes) != num_classes:
+            raise Refusal(
+                f"data.num_classes is {num_classes} and {part.root} has {len(part.classes)} class folders: "
+                f"set data.num_classes={len(part.classes)}"
+            )
+    return Splits(parts[0], parts[1], parts[0].targets)
+
+
+def fake(
+    root: str | None = None,
+    download: bool = False,
+    *,
+    num_train: int,
+    num_test: int,
+    image_size: int,
+    num_classes: int,
+) -> Splits:
+    """Return images of noise that need no files: for trying a recipe and for timing, there is nothing to learn."""
+    shape = (3, image_size, image_size)
+    return Splits(
+        datasets.FakeData(num_train, shape, num_classes),
+        datasets.FakeData(num_test, shape, num_classes, random_offset=num_train),
+        None,
+    )
+
+
+def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Return the train set without a validation part, and that part: stratified by label, chosen by the seed alone."""
+    size = len(splits.train)  # type: ignore[arg-type]
+    train, val = train_test_split(np.arange(size), test_size=fraction, stratify=splits.train_labels, random_state=seed)
+    return Subset(splits.train, train.tolist()), Subset(splits.train, val.tolist())

@@ -1,0 +1,95 @@
+"""What the launcher says about this process, and what all its ranks agree on before they can talk."""
+
+import os
+import sys
+import time
+from datetime import datetime, timedelta
+from typing import NoReturn
+
+from omegaconf import OmegaConf
+
+STORE_TIMEOUT = timedelta(seconds=60)
+RANK_ZERO_SPEAKS_FIRST_S = 5  # what rank 0 gets to report an error that all ranks met
+
+
+class Refusal(RuntimeError):
+    """What was asked for cannot work; the message says why and what to do, and no traceback is shown."""
+
+
+def rank() -> int:
+    """Return this process's rank among all, 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Return the number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def num_nodes() -> int:
+    """Return the number of nodes: torchrun gives every node as many ranks as this one has."""
+    return world_size() // local_world_size()
+
+
+def accelerator() -> str:
+    """Return "gpu" where every rank of this node has a GPU of its own, otherwise "cpu"."""
+    import torch
+
+    return "gpu" if torch.cuda.device_count() >= local_world_size() else "cpu"
+
+
+def run_stamp() -> str:
+    """Return the time the run started: the same string on every rank and after an elastic restart.
+
+    Ranks start in different seconds and there is no process group yet, so the first to arrive leaves its clock in
+    the store that torchrun's agent keeps for the whole job.
+
+    Raises:
+        Refusal: several ranks and no agent store; on every rank.
+    """
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    if world_size() == 1:
+        return now
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise Refusal(
+            "the ranks must agree on one run directory, and this launcher keeps no store they could agree in: "
+            "start with torchrun, or name the directory with run_name=..."
+        )
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
+    return store.compare_set("train/run_stamp", "", now).decode()
+
+
+def register_resolvers() -> None:
+    """Give the configuration `${run_stamp:}`, `${accelerator:}`, `${local_world_size:}` and `${num_nodes:}`."""
+    for resolver in (accelerator, local_world_size, num_nodes, world_size):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+    OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
+
+
+def refuse_multirun(arguments: list[str]) -> None:
+    """Exit where Hydra's multirun was asked for on several ranks, each of which would sweep by itself."""
+    if world_size() > 1 and {"-m", "--multirun"} & set(arguments):
+        overrides = " ".join(argument for argument in arguments if argument not in {"-m", "--multirun"})
+        leave(
+            f"multirun (-m) needs a single process, and there are {world_size()} ranks: sweep with "
+            f"`python -m train -m {overrides}`, or start one torchrun for each job of the sweep"
+        )
+
+
+def leave(message: str) -> NoReturn:
+    """Print one message for all ranks and exit with code 1.
+
+    torchrun ends the other ranks as soon as rank 0 has left; a rank that outlives the wait met the error alone and
+    reports it itself.
+    """
+    if rank() != 0:
+        time.sleep(RANK_ZERO_SPEAKS_FIRST_S)
+    sys.exit(f"error: {message}")

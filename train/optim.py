@@ -1,0 +1,76 @@
+"""The optimizer and its schedule: no decay on norms and biases, a rate per 256 images, a change after every step."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+RATE_IMAGES = 256
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters in two groups: matrices and kernels decay, vectors (norms and biases) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    factory: Callable[..., Optimizer],
+    global_batch_size: int,
+    lr_per_256: float,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Return the optimizer of a model.
+
+    Args:
+        factory: `factory(parameter_groups, lr=)`, such as a partial of `torch.optim.SGD`.
+        global_batch_size: images in a step of all ranks.
+        lr_per_256: learning rate for 256 images; it grows in proportion (Goyal et al. 2017).
+        weight_decay: of everything but norms and biases.
+    """
+    groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
+    return factory(groups, lr=lr_per_256 * global_batch_size / RATE_IMAGES)
+
+
+def warmup_cosine(
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    warmup_epochs: float = 1.0,
+    final_fraction: float = 0.0,
+) -> LambdaLR:
+    """Return a linear rise over `warmup_epochs`, then half a cosine down to `final_fraction` of the rate.
+
+    Source: Goyal et al. 2017 (warm-up), Loshchilov & Hutter 2017 (cosine).
+    """
+    warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps - 1)
+    return LambdaLR(
+        optimizer,
+        partial(_warmup_cosine_factor, total_steps=total_steps, warmup_steps=warmup_steps, final=final_fraction),
+    )
+
+
+def constant(optimizer: Optimizer, *, total_steps: int, steps_per_epoch: float) -> LambdaLR:
+    """Return a schedule that leaves the rate alone."""
+    return LambdaLR(optimizer, _one)
+
+
+def _warmup_cosine_factor(step: int, *, total_steps: int, warmup_steps: int, final: float) -> float:
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def _one(step: int) -> float:
+    return 1.0

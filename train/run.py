@@ -1,0 +1,176 @@
+"""One run from a configuration: seed, build, fit, test, report."""
+
+import logging
+import os
+import platform
+import shlex
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train import distenv, report
+from train.callbacks import Throughput
+from train.classifier import ImageClassifier
+from train.data import ImageData
+from train.distenv import Refusal
+from train.norms import Norm
+
+log = logging.getLogger(__name__)
+
+
+def compose(overrides: list[str] | None = None) -> DictConfig:
+    """Return the configuration that `python -m train` has with these overrides."""
+    distenv.register_resolvers()
+    with initialize_config_module("conf", version_base="1.3"):
+        return hydra_compose("train", overrides or [])
+
+
+def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
+    """Return what a configuration describes, untrained; every rank calls it."""
+    norm: Norm = instantiate(config.norm)
+    data: ImageData = instantiate(config.data)
+    network = instantiate(config.model, norm_layer=norm.layer)
+    model = ImageClassifier(
+        network,
+        instantiate(config.optimizer, global_batch_size=data.global_batch_size),
+        instantiate(config.scheduler),
+    )
+    trainer: Trainer = instantiate(
+        config.trainer,
+        callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
+        logger=[instantiate(logger) for logger in config.logger.values() if logger],
+        plugins=[norm.sync] if norm.sync else None,
+    )
+    return trainer, model, data
+
+
+def fit(config: DictConfig) -> dict[str, float]:
+    """Train, test and report; every rank calls it and gets the same figures.
+
+    The test uses the weights of the last step; `test_checkpoint=best` those of the best validation accuracy.
+
+    Returns:
+        the last epoch's figures, and `test_loss`, `test_accuracy`, `test_correct` and `test_total`.
+    """
+    _quiet()
+    directory = Path(config.run_dir)
+    seed_everything(config.seed, workers=True, verbose=False)
+    trainer, model, data = build(config)
+    if trainer.is_global_zero:
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, directory / "config.yaml", resolve=True)
+        _say(_headline(config, trainer, data))
+    start = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - start
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    epochs = trainer.current_epoch
+    trainer.test(model, datamodule=data, ckpt_path=_checkpoint(config, trainer), verbose=False)
+    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        figures = _figures(config, trainer, metrics, epochs, seconds)
+        path = report.write_report(directory, figures, _command())
+        report.print_table(figures)
+        print(f"report: {path}")
+        _say(report.result_line(figures))
+    return metrics
+
+
+def refusal_in(error: BaseException) -> str | None:
+    """Return the sentence for the user where an error, or what caused it, is about the configuration.
+
+    With HYDRA_FULL_ERROR=1 nothing counts as such, so that the traceback is shown.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Refusal):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, InstantiationException | OmegaConfBaseException):
+        return " ".join(str(error).split())
+    return None
+
+
+def _say(line: str) -> None:
+    """Print a line and keep it in the log."""
+    print(line, flush=True)
+    log.info(line)
+
+
+def _checkpoint(config: DictConfig, trainer: Trainer) -> str | None:
+    """Return the file with the weights to test, or None for those that the model has after its last step."""
+    if config.test_checkpoint == "last":
+        return None
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    best = [callback.best_model_path for callback in checkpoints if callback.monitor]
+    if not any(best):
+        raise Refusal("test_checkpoint=best needs a validated checkpoint: use callbacks=default and validate an epoch")
+    return best[0]
+
+
+def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
+    """Return what runs where, in one line."""
+    ranks = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
+    per_rank = data.global_batch_size / trainer.world_size
+    return f"{config.run_dir}: {ranks}, global batch {data.global_batch_size} = {trainer.world_size} x {per_rank:g}"
+
+
+def _figures(
+    config: DictConfig, trainer: Trainer, metrics: dict[str, float], epochs: int, seconds: float
+) -> dict[str, Any]:
+    throughput = [callback.mean for callback in trainer.callbacks if isinstance(callback, Throughput)]  # type: ignore[attr-defined]
+    return {
+        "test_accuracy": metrics["test_accuracy"],
+        "correct": int(metrics["test_correct"]),
+        "total": int(metrics["test_total"]),
+        "test_loss": metrics["test_loss"],
+        "tested_weights": config.test_checkpoint,
+        **{name: metrics[name] for name in ("val_accuracy", "train_accuracy", "train_loss") if name in metrics},
+        "epochs": epochs,
+        "fit_seconds": seconds,
+        **({"images_per_second": throughput[0]} if throughput else {}),
+        "world_size": trainer.world_size,
+        "device": _device(trainer),
+        "parameters": sum(parameter.numel() for parameter in trainer.lightning_module.parameters()),
+        "versions": f"torch {torch.__version__}, lightning {version('lightning')}, Python {platform.python_version()}",
+        "run_dir": config.run_dir,
+    }
+
+
+def _device(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def _command() -> str:
+    """Return the command that repeats this run on this node."""
+    ranks = distenv.local_world_size()
+    launcher = ["python"] if distenv.world_size() == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return shlex.join([*launcher, "-m", "train", *overrides])
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says to those who have chosen otherwise on purpose.
+
+    The figures need no `sync_dist`: they are sums over all ranks already, and its means are wrong for uneven ranks.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*sync_dist=True.*", ".*LeafSpec.*", ".*logging interval.*"):
+        warnings.filterwarnings("ignore", message)
