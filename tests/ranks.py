@@ -26,12 +26,15 @@ class RankError(AssertionError):
     """A rank failed; the message holds the traceback of the one that failed first."""
 
 
-def run_ranks(world_size: int, fn, *args, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, fn, *args, timeout_s: float = 120, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> list[Any]:
     """Return `[fn(*args) on rank 0, ..., on rank world_size - 1]`.
 
     Args:
         fn: a module-level function; it finds its rank with `torch.distributed.get_rank()`.
         timeout_s: seconds after which ranks that still run are killed.
+        collective_timeout_s: seconds that a collective waits for a rank, which may be compiling.
 
     Raises:
         RankError: a rank raised, died, or outlived `timeout_s`.
@@ -42,7 +45,9 @@ def run_ranks(world_size: int, fn, *args, timeout_s: float = 120) -> list[Any]:
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_run_rank, args=(rank, world_size, f"{folder}/store", task, sender), daemon=True
+                target=_run_rank,
+                args=(rank, world_size, f"{folder}/store", collective_timeout_s, task, sender),
+                daemon=True,
             )
             process.start()
             sender.close()
@@ -55,7 +60,9 @@ def run_ranks(world_size: int, fn, *args, timeout_s: float = 120) -> list[Any]:
                 process.join()
 
 
-def _run_rank(rank: int, world_size: int, store: str, task: bytes, sender: Connection) -> None:
+def _run_rank(
+    rank: int, world_size: int, store: str, collective_timeout_s: float, task: bytes, sender: Connection
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
@@ -64,7 +71,7 @@ def _run_rank(rank: int, world_size: int, store: str, task: bytes, sender: Conne
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            timeout=timedelta(seconds=collective_timeout_s),
         )
         fn, args = pickle.loads(task)
         answer = ("result", fn(*args))
