@@ -44,18 +44,16 @@ class SyncBatchNormFunction(torch.autograd.Function):
         kept_residual = None if activation == "identity" else residual
         ctx.save_for_backward(x, weight, bias, kept_residual, mask, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
-        ctx.set_materialize_grads(False)
         return y, count, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, bias and residual; weight's and bias's are sums over this rank alone."""
         x, weight, bias, residual, mask, count, mean, var = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        if grad_output is None:
-            grad_output = torch.zeros_like(x)
         checks.announce_backward(ctx.record, ctx.process_group)
-        if torch.is_grad_enabled():  # create_graph=True
+        # create_graph=True; a tracer may have gradients enabled as well, and has no use for them
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_output)
 
         backend = backends.select(x)

@@ -118,6 +118,7 @@ def normalize(
     y, count, mean, var = SyncBatchNormFunction.apply(
         x, weight, bias, residual, mask, eps, activation, process_group, record
     )
+    count, mean, var = count.detach(), mean.detach(), var.detach()  # torch.compile of torch 2.11 thinks they need it
     at_most_one = mask is None and x.numel() // x.shape[1] <= 1
     if _may_read(count, needs_to=at_most_one):
         _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)

@@ -177,6 +177,9 @@ def _sum_over_parts(sums: Callable[[slice], Tensor], x: Tensor) -> Tensor:
 def _over_parts(values: Callable[[slice], Tensor], x: Tensor) -> Tensor:
     """Return `values` of every part in one tensor of the dtype and layout of x."""
     first, *others = _parts(x)
+    if torch.compiler.is_compiling():
+        # torch 2.11 makes outputs of intermediates and loses the gradient of a result that is one; a copy costs nothing
+        return values(first).to(x.dtype).clone()
     if not others:
         return values(first).to(x.dtype)
     result = torch.empty_like(x)
