@@ -8,7 +8,8 @@ from torch import Tensor
 from syncbn import backends, checks, collectives
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
-from syncbn.groups import Group
+from syncbn.backends.torch_ops import hide
+from syncbn.groups import Group, group_size
 from syncbn.statistics import Channels, invstd_of, pack, unpack
 
 
@@ -34,27 +35,31 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y like x, then count (), mean (C,) and biased var (C,) of the whole group, float64."""
         backend = backends.select(x)
-        packed = pack(*backend.batch_norm_stats(x, mask))
-        collectives.all_reduce_(packed, process_group)
-        count, mean, var = unpack(packed)
+        count, mean, M2 = backend.batch_norm_stats(x, mask)
+        if group_size(process_group) > 1:
+            count, mean, var = unpack(collectives.all_reduce_(pack(count, mean, M2), process_group))
+        else:
+            var = M2 / count.clamp(min=1)
         channels = Channels(mean, invstd_of(var, eps), weight, bias)
         y = backend.batch_norm_elemt(x, channels, residual=residual, mask=mask, activation=activation)
 
         ctx.eps, ctx.activation, ctx.process_group, ctx.record = eps, activation, process_group, record
-        kept_residual = None if activation == "identity" else residual
-        ctx.save_for_backward(x, weight, bias, kept_residual, mask, count, mean, var)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        kept = (None, None) if activation == "identity" else (bias, residual)  # their values do not matter there
+        ctx.save_for_backward(x, weight, *kept, mask, count, mean, var)
         ctx.mark_non_differentiable(count, mean, var)
         return y, count, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, bias and residual; weight's and bias's are sums over this rank alone."""
-        x, weight, bias, residual, mask, count, mean, var = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks them a single time
+        x, weight, bias, residual, mask, count, mean, var = saved
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         checks.announce_backward(ctx.record, ctx.process_group)
         # create_graph=True; a tracer may have gradients enabled as well, and has no use for them
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad_output)
+            return _differentiable_backward(ctx, saved, grad_output)
 
         backend = backends.select(x)
         channels = Channels(mean, invstd_of(var, ctx.eps), weight, bias)
@@ -63,7 +68,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
         sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(dy, x, channels, mask=mask)
         grad_weight = (sum_dy_xmu * channels.invstd).to(weight.dtype) if needs_weight else None
-        grad_bias = sum_dy.to(bias.dtype) if needs_bias else None
+        grad_bias = sum_dy.to(ctx.bias_dtype) if needs_bias else None
 
         sums = collectives.all_reduce_(torch.cat([sum_dy, sum_dy_xmu]), ctx.process_group)
         grad_input = None
@@ -75,17 +80,27 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, dy if needs_residual else None, *[None] * 5
 
 
-def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the same gradients as a graph of differentiable operations, so that derivatives of any order exist.
 
     The forward pass is written once more in such operations and differentiated; two all-reduces on every rank,
     whether or not its x needs a gradient.
     """
-    x, weight, bias, residual, mask, count, mean, _ = ctx.saved_tensors
+    x, weight, bias, residual, mask, count, mean, _ = saved
+    assert x is not None
+    assert count is not None
+    assert mean is not None
     needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
     x = x if needs_x else x.detach().requires_grad_()
-    if needs_residual and residual is None:  # not kept, since with the identity its value does not matter
+    if needs_bias and bias is None:
+        bias = torch.zeros_like(mean, dtype=ctx.bias_dtype, requires_grad=True)
+    if needs_residual and residual is None:
         residual = torch.zeros_like(x, requires_grad=True)
+    # Views: differentiation stops there, although one input may have been computed from another.
+    x = x.view_as(x)
+    weight, bias, residual = (t if t is None else t.view_as(t) for t in (weight, bias, residual))
     y = _differentiable_forward(
         x,
         weight,
@@ -98,7 +113,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         activation=ctx.activation,
         process_group=ctx.process_group,
     )
-    wanted = {"x": x}
+    wanted: dict[str, Any] = {"x": x}
     wanted |= {"weight": weight} if needs_weight else {}
     wanted |= {"bias": bias} if needs_bias else {}
     wanted |= {"residual": residual} if needs_residual else {}
@@ -122,11 +137,8 @@ def _differentiable_forward(
 ) -> Tensor:
     """Return y; `pivot` is the mean of the group as a constant, about which nothing cancels."""
 
-    def hide(values: Tensor) -> Tensor:
-        return values if mask is None else values.masked_fill(~mask, 0)
-
     dims = torch_ops.reduced_dims(x)
-    centred = hide(x - torch_ops.per_channel(pivot, x))
+    centred = hide(x - torch_ops.per_channel(pivot, x), mask)
     sums = torch.cat([centred.sum(dims), centred.square().sum(dims)]).double()
     offset, square = (collectives.AllReduce.apply(sums, process_group) / count.clamp(min=1)).chunk(2)
     invstd = invstd_of((square - offset.square()).clamp(min=0), eps)
@@ -136,5 +148,5 @@ def _differentiable_forward(
     if bias is not None:
         z = z + torch_ops.per_channel(bias, x)
     if residual is not None:
-        z = z + residual
-    return hide(ACTIVATIONS[activation].apply(z)).to(x.dtype)
+        z = z + hide(residual, mask)
+    return hide(ACTIVATIONS[activation].apply(z), mask).to(x.dtype)

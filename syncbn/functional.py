@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from syncbn import checks, collectives
 from syncbn.activations import ACTIVATIONS, check_activation
+from syncbn.backends.torch_ops import hide
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group, group_size
 from syncbn.statistics import update_running_
@@ -56,15 +57,16 @@ def sync_batch_norm(
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
     """
     known = next((tensor for tensor in (weight, running_mean, bias) if tensor is not None), None)
-    num_features = None if known is None else known.shape[0]
+    num_features = None if known is None else known.numel()
 
     def check() -> None:
         check_activation(activation)
         check_input(input, num_features=num_features, parameter=known, residual=residual, mask=mask)
+        _check_per_channel(num_features, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
 
     if not training:
         check()
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        y = F.batch_norm(hide(input, mask), running_mean, running_var, weight, bias, False, momentum, eps)
         return finish(y, residual=residual, mask=mask, activation=activation)
     y, count, mean, var = normalize(
         input,
@@ -111,15 +113,17 @@ def normalize(
     record = checks.announce(x, needs_grad, process_group)
     try:
         check()
-    except ValueError:
+    except Exception:
         channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
         collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
         raise
+    at_most_one = mask is None and x.numel() // x.shape[1] <= 1
+    if at_most_one and x.numel() > 0 and group_size(process_group) == 1:
+        _raise_on_every_rank(1, x, process_group)
     y, count, mean, var = SyncBatchNormFunction.apply(
         x, weight, bias, residual, mask, eps, activation, process_group, record
     )
     count, mean, var = count.detach(), mean.detach(), var.detach()  # torch.compile of torch 2.11 thinks they need it
-    at_most_one = mask is None and x.numel() // x.shape[1] <= 1
     if _may_read(count, needs_to=at_most_one):
         _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)
     return y, count, mean, var
@@ -128,9 +132,9 @@ def normalize(
 def finish(y: Tensor, *, residual: Tensor | None, mask: Tensor | None, activation: str) -> Tensor:
     """Return what follows normalization in evaluation, in operations that every exporter knows."""
     if residual is not None:
-        y = y + residual
+        y = y + hide(residual, mask)
     y = ACTIVATIONS[activation].apply(y)
-    return y if mask is None else y.masked_fill(~mask, 0)
+    return hide(y, mask)
 
 
 def is_recomputing() -> bool:
@@ -174,6 +178,11 @@ def check_input(
         raise ValueError(f"expected at least one channel, got input of shape {tuple(x.shape)}")
     if parameter is not None:
         _check_device_and_dtype(x, parameter)
+    for name, tensor in (("residual", residual), ("mask", mask)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"expected a {name} on {x.device} like the input, got {tensor.device}: move it with .to(input.device)"
+            )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"expected a residual like the input, {tuple(x.shape)} of {x.dtype}, got {tuple(residual.shape)} of "
@@ -181,6 +190,12 @@ def check_input(
         )
     if mask is not None:
         _check_mask(mask, x)
+
+
+def _check_per_channel(num_features: int | None, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != (num_features,):
+            raise ValueError(f"expected {name} of shape ({num_features},), got {tuple(tensor.shape)}")
 
 
 def _check_device_and_dtype(x: Tensor, parameter: Tensor) -> None:

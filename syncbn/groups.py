@@ -36,12 +36,14 @@ def new_sync_groups(size: int | Literal["node"]) -> Any:
             "expected an initialized process group, got none: call torch.distributed.init_process_group first"
         )
     world_size = dist.get_world_size()
-    wanted = os.environ.get("LOCAL_WORLD_SIZE", world_size) if size == "node" else size
+    wanted = str(os.environ.get("LOCAL_WORLD_SIZE", world_size) if size == "node" else size)
     sizes: list[Any] = [None] * world_size
     dist.all_gather_object(sizes, wanted)
     if len(set(sizes)) > 1:
-        raise ValueError(f"expected the same group size from every rank, got {sizes} from ranks 0 to {world_size - 1}")
-    if not str(wanted).isdigit() or int(wanted) < 1 or world_size % int(wanted):
+        raise ValueError(
+            f"expected the same group size from every rank, got {', '.join(sizes)} from ranks 0 to {world_size - 1}"
+        )
+    if not wanted.isdecimal() or int(wanted) < 1 or world_size % int(wanted):
         divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ValueError(
             f"expected a group size that divides the world size {world_size}, got {wanted}: use {divisors}"

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import groups
 from syncbn.activations import check_activation
+from syncbn.backends.torch_ops import hide
 from syncbn.checks import note_evaluation
 from syncbn.functional import check_input, finish, is_recomputing, normalize
 from syncbn.groups import LOCAL, Group
@@ -76,7 +77,7 @@ class BatchNorm(_BatchNorm):
             note_evaluation(input, self._group())
             # FSDP casts parameters and not buffers; torch wants them alike.
             weight, bias = (p if p is None else p.to(self.running_mean.dtype) for p in (weight, bias))
-            y = F.batch_norm(input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            y = F.batch_norm(hide(input, mask), self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
             return finish(y, residual=residual, mask=mask, activation=self.activation)
         y, count, mean, var = normalize(
             input,

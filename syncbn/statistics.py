@@ -80,7 +80,7 @@ def update_running_(
         var: (C,) float64, biased.
         momentum: weight of the batch; a () tensor for a cumulative average.
     """
-    weight = momentum * count.clamp(max=1)  # 0 for an empty batch; float64, unlike a bool times a float
     unbiased_var = var * (count / (count - 1).clamp(min=1))
-    running_mean.copy_(running_mean + weight * (mean - running_mean))
-    running_var.copy_(running_var + weight * (unbiased_var - running_var))
+    is_valid = count > 0  # neither for an empty batch nor for the NaN of a rank that refuses its input
+    for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
+        running.copy_(torch.where(is_valid, running + momentum * (batch - running), running))

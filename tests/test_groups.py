@@ -52,7 +52,7 @@ def test_sizes_that_do_not_divide_the_world_or_differ_are_refused_on_every_rank(
     for messages in run_ranks(4, refused_sizes):
         for message, got in zip(messages[:5], (3, 0, -2, 8, "rack"), strict=True):
             assert message == f"expected a group size that divides the world size 4, got {got}: use [1, 2, 4]"
-        assert messages[5] == "expected the same group size from every rank, got [4, 2, 2, 2] from ranks 0 to 3"
+        assert messages[5] == "expected the same group size from every rank, got 4, 2, 2, 2 from ranks 0 to 3"
 
 
 def test_groups_need_an_initialized_process_group():

@@ -24,8 +24,7 @@ def batch_norm_stats(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     dims = reduced_dims(x)
     count = local_count(x, mask)
     divisor = count.clamp(min=1)
-    valid = x if mask is None else x.masked_fill(~mask, 0)
-    pivot = (valid.sum(dims, dtype=accumulation_dtype(x)) / divisor).to(accumulation_dtype(x))
+    pivot = (hide(x, mask).sum(dims, dtype=accumulation_dtype(x)) / divisor).to(accumulation_dtype(x))
 
     def sums(part: slice) -> Tensor:
         centred = hide_(x[part] - per_channel(pivot, x), mask, part)
@@ -130,8 +129,13 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(accumulation_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
+def hide(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return values with masked positions set to 0, whatever stood there, NaN too; differentiable."""
+    return values if mask is None else values.masked_fill(~mask, 0)
+
+
 def hide_(values: Tensor, mask: Tensor | None, part: slice = WHOLE) -> Tensor:
-    """Set the masked positions of a part of the batch to 0, in place, whatever stood there, NaN too."""
+    """Set the masked positions of a part of the batch to 0, in place."""
     if mask is None:
         return values
     own = mask[part] if mask.dim() == values.dim() and mask.shape[0] > 1 else mask
