@@ -8,14 +8,15 @@ import inspect
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from syncbn import groups
-from syncbn.functional import sync_batch_norm
+from syncbn.functional import is_recomputing, sync_batch_norm
 from syncbn.module import BatchNorm, SyncBatchNorm
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -35,13 +36,20 @@ def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | N
     Raises:
         ValueError: a lazy module has not seen its first batch; nothing is converted.
         TypeError: `process_group` is not a process group; nothing is converted.
-        TypeError: a subclass has a forward that calls neither super().forward() nor torch's batch_norm function, so
-            that it cannot be synchronized; nothing is converted.
+        TypeError: a layer cannot be synchronized: a forward that neither leads to torch's by super().forward() nor
+            calls torch's batch_norm function, one that is set on the instance, a subclass of torch's SyncBatchNorm, or
+            one that torch.jit.script has compiled; nothing is converted.
     """
     groups.check_process_group(process_group)
-    layers: list[tuple[str, Any]] = [
-        (name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)
-    ]
+    layers: list[tuple[str, Any]] = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
+            raise TypeError(
+                f"expected modules that run in Python, got a scripted {layer.original_name} at '{name}': convert the "
+                "model before torch.jit.script"
+            )
+        if isinstance(layer, _BatchNorm):
+            layers.append((name, layer))
     classes = [_synced_class(name or "the module itself", layer) for name, layer in layers]
     for (_, layer), synced_class in zip(layers, classes, strict=True):
         if not isinstance(layer, SyncBatchNorm):
@@ -57,17 +65,29 @@ def revert_sync_batchnorm(module: ModuleT) -> ModuleT:
     """Give every `SyncBatchNorm` in `module`, itself included, the class it was converted from; return `module`.
 
     A `SyncBatchNorm` that was constructed as such becomes a `syncbn.BatchNorm`. Statistics and parameters stay.
+
+    Raises:
+        TypeError: the class of a layer has changed after the conversion (parametrizations and fully_shard do that), or
+            it is a subclass of SyncBatchNorm, which has no counterpart without synchronization; nothing is reverted.
     """
-    layer: Any
-    for layer in module.modules():
-        if isinstance(layer, SyncBatchNorm):
-            plain_class: Any = layer.unsynced_class or BatchNorm
-            process_group = layer.unsynced_group
-            for attribute in ("unsynced_class", "unsynced_group", "process_group"):
-                vars(layer).pop(attribute, None)
-            layer.__class__ = plain_class
-            if plain_class is nn.SyncBatchNorm:
-                layer.process_group = process_group
+    layers: list[tuple[str, Any]] = [
+        (name, layer) for name, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)
+    ]
+    for name, layer in layers:
+        expected: Any = SyncBatchNorm if layer.unsynced_class is None else _counterpart(layer.unsynced_class)
+        if type(layer) is not expected:
+            raise TypeError(
+                f"expected a {expected.__name__} to revert, got {type(layer).__name__} at '{name}': undo what changed "
+                "its class first (parametrizations, fully_shard); a subclass of SyncBatchNorm has no way back"
+            )
+    for _, layer in layers:
+        plain_class: Any = layer.unsynced_class or BatchNorm
+        process_group = layer.unsynced_group
+        for attribute in ("unsynced_class", "unsynced_group", "process_group"):
+            vars(layer).pop(attribute, None)
+        layer.__class__ = plain_class
+        if plain_class is nn.SyncBatchNorm:
+            layer.process_group = process_group
     return module
 
 
@@ -81,40 +101,102 @@ def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
             f"expected initialized parameters, got {plain_class.__name__} at '{name}' that has not seen a batch: "
             "run one batch through the model before converting it"
         )
-    if plain_class in _PLAIN_CLASSES:
-        return SyncBatchNorm
-    if not _calls_from_forward(plain_class) & {"super", "batch_norm"}:
+    if "forward" in vars(layer):
+        raise TypeError(
+            f"expected the forward of the class, got a {plain_class.__name__} at '{name}' with one of its own: what it "
+            "calls is out of reach; remove it or subclass the layer"
+        )
+    if plain_class not in _PLAIN_CLASSES and not _is_within_reach(plain_class):
         raise TypeError(
             f"expected a batch normalization whose forward calls super().forward() or torch's batch_norm function, got "
             f"{plain_class.__name__} at '{name}': call one there, or replace the module by a BatchNorm"
         )
-    return _synced_subclass(plain_class)
+    return _counterpart(plain_class)
 
 
-def _calls_from_forward(plain_class: Any) -> set[str]:
-    """Return which of super and batch_norm the forward of `plain_class` calls; super where it has none of its own."""
-    forward = plain_class.forward
-    if forward is _BatchNorm.forward:
-        return {"super"}
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    names = set(code.co_names) if code is not None else set()
-    return names & {"batch_norm"} | ({"super"} if {"super", "forward"} <= names else set())
+def _counterpart(plain_class: Any) -> type[nn.Module]:
+    return SyncBatchNorm if plain_class in _PLAIN_CLASSES else _synced_subclass(plain_class)
+
+
+def _own_forwards(plain_class: Any) -> list[set[str]]:
+    """Return the names used in each forward that may run before torch's own, in the order of the classes."""
+    names = []
+    for cls in plain_class.__mro__:
+        if cls is _BatchNorm:
+            break
+        if "forward" in vars(cls):
+            code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
+            names.append(set(code.co_names) if code is not None else set())
+    return names
+
+
+def _is_within_reach(plain_class: Any) -> bool:
+    """Return whether every forward calls torch's batch_norm function, or the next forward in line by super()."""
+    if issubclass(plain_class, nn.SyncBatchNorm):
+        return False
+    for names in _own_forwards(plain_class):
+        if "batch_norm" in names:
+            return True
+        if not {"super", "forward"} <= names:
+            return False
+    return True
 
 
 class _SyncedFunctional(TorchFunctionMode):
-    """Within it, torch's batch_norm function in training is ours, over the process group of `layer`."""
+    """Within it, torch's batch_norm functions in training are ours, over the process group of `layer`."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        call = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {})).arguments
-        if not call.get("training", False):
-            return func(*args, **(kwargs or {}))
-        return sync_batch_norm(**call, process_group=self.layer.process_group)
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self.functional(*args, **kwargs)
+        if func is torch.batch_norm:
+            return self.native(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def functional(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Do what torch.nn.functional.batch_norm with these arguments would, over the group in training."""
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return sync_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=True,
+            momentum=momentum,
+            eps=eps,
+            process_group=self.layer.process_group,
+        )
+
+    def native(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        """Do what torch.batch_norm with these arguments would, over the group in training."""
+        return self.functional(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @cache
@@ -127,14 +209,19 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
-        with _SyncedFunctional(self):
-            return plain_class.forward(self, *args, **kwargs)
+        tracked = self.num_batches_tracked.clone() if is_recomputing() and self.track_running_stats else None
+        try:
+            with _SyncedFunctional(self):
+                return plain_class.forward(self, *args, **kwargs)
+        finally:  # a recomputation ends by an exception, as soon as it has what it needs
+            if tracked is not None:
+                self.num_batches_tracked.copy_(tracked)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # the class has no module to be found in
         return _rebuild, (plain_class,), self.__getstate__()
 
     members: dict[str, Any] = {"__reduce_ex__": reduce}
-    if "batch_norm" in _calls_from_forward(plain_class):
+    if any("batch_norm" in names for names in _own_forwards(plain_class)):
         members["forward"] = forward
     return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), members)
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torchvision
 from ranks import run_ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn import convert_sync_batchnorm, revert_sync_batchnorm
@@ -33,6 +34,16 @@ class BatchNormTwice(nn.BatchNorm2d):
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
         return 2 * y
+
+
+class BatchNormNative(nn.BatchNorm2d):
+    """A subclass that calls the function below torch's function, and counts batches itself."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        return torch.batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.training, 0.1, self.eps, False
+        )
 
 
 class OwnFormula(nn.BatchNorm2d):
@@ -162,18 +173,18 @@ def test_a_subclass_keeps_its_forward_and_its_check_of_dimensions():
 def on_ranks(sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(sum(sizes), 4, 3, 3).split(sizes)[dist.get_rank()]
-    layers = convert_sync_batchnorm(nn.Sequential(BatchNormReLU(4, 0.2), BatchNormTwice(4)))
-    return layers(x), layers[1].running_var
+    layers = convert_sync_batchnorm(nn.Sequential(BatchNormReLU(4, 0.2), BatchNormNative(4), BatchNormTwice(4)))
+    return layers(x), layers[2].running_var
 
 
 def test_subclasses_with_a_forward_of_their_own_are_synchronized():
     torch.manual_seed(0)
-    layers = nn.Sequential(BatchNormReLU(4, 0.2), BatchNormTwice(4))
+    layers = nn.Sequential(BatchNormReLU(4, 0.2), BatchNormNative(4), BatchNormTwice(4))
     expected = layers(torch.randn(7, 4, 3, 3)).detach()
     ranks = run_ranks(2, on_ranks, (2, 5))
     torch.testing.assert_close(torch.cat([y for y, _ in ranks]).detach(), expected, rtol=0, atol=2e-6)
     for _, running_var in ranks:
-        torch.testing.assert_close(running_var, layers[1].running_var)
+        torch.testing.assert_close(running_var, layers[2].running_var)
 
 
 def test_a_converted_layer_still_wants_the_dimensions_of_its_class():
@@ -187,6 +198,66 @@ def test_a_subclass_that_computes_on_its_own_is_refused_and_nothing_is_changed()
     with pytest.raises(TypeError, match=r"calls super\(\).forward\(\) or .* got OwnFormula at '1'"):
         convert_sync_batchnorm(model)
     assert [type(module) for module in model] == [nn.BatchNorm2d, OwnFormula]
+
+
+class CallsOwnFormula(OwnFormula):
+    """A subclass whose super().forward() ends before torch's."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class TorchSubclass(nn.SyncBatchNorm):
+    """A subclass of torch's synchronized layer."""
+
+
+def with_a_forward_of_the_instance() -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.forward = nn.BatchNorm2d(3).forward
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (CallsOwnFormula(3), "got CallsOwnFormula at '1'"),
+        (TorchSubclass(3), "got TorchSubclass at '1'"),
+        (with_a_forward_of_the_instance(), "got a BatchNorm2d at '1' with one of its own"),
+        (torch.jit.script(nn.BatchNorm2d(3)), "got a scripted BatchNorm2d at '1': convert the model before"),
+    ],
+    ids=["super() ends early", "subclass of torch's", "instance's forward", "scripted"],
+)
+def test_a_layer_that_would_stay_unsynchronized_without_a_word_is_refused(layer, message):
+    model = nn.Sequential(nn.BatchNorm2d(3), layer)
+    with pytest.raises(TypeError, match=message):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_layer_whose_class_changed_after_the_conversion_is_not_reverted():
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
+    with pytest.raises(TypeError, match="got ParametrizedSyncBatchNorm at '1': undo what changed its class first"):
+        revert_sync_batchnorm(model)
+    assert type(model[0]) is syncbn.SyncBatchNorm
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    revert_sync_batchnorm(model)
+    assert [type(layer) for layer in model] == [nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+def test_a_checkpointed_subclass_that_counts_batches_itself_counts_each_once():
+    layer = convert_sync_batchnorm(BatchNormNative(4))
+    x = torch.randn(5, 4, 3, 3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).square().mean().backward()
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_converted_subclass_that_calls_the_function_compiles_in_one_graph():
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3, 3)
+    layer = convert_sync_batchnorm(BatchNormTwice(4))
+    expected = copy.deepcopy(layer)(x)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
 
 
 def test_a_lazy_module_is_refused_until_it_has_seen_a_batch():
