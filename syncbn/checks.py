@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -46,9 +47,8 @@ def detect_desync(timeout_s: float | None = None) -> Iterator[None]:
         DesyncError: ranks skip a layer or run another one, are in evaluation, have another number of channels or dtype,
             disagree on needing gradients, or fail; on every rank that calls a layer or leaves the block.
     """
-    global _detector, _generation
-    outer, _generation = _detector, _generation + 1
-    _detector = _Detector(timeout_s)
+    global _detector
+    outer, _detector = _detector, _Detector(timeout_s)
     handles = _detector.follow_modules()
     try:
         yield
@@ -94,6 +94,8 @@ def note_evaluation(x: Tensor, process_group: Group) -> None:
 def assert_replicas_equal(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
     """Check that every rank holds the same parameters and buffers, bit for bit; every rank must call it.
 
+    Of one that is sharded (a DTensor) dtype, shape and placement are compared.
+
     Raises:
         AssertionError: names every parameter or buffer that differs, is missing or has another shape or dtype, and the
             ranks on either side; on every rank.
@@ -122,6 +124,7 @@ class _Detector:
 
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
+        self.number = next(_numbers)
         self.names: dict[int, str] = {}
         self.stack: list[nn.Module] = []
         self.calls: dict[Any, int] = defaultdict(int)  # per group
@@ -131,12 +134,14 @@ class _Detector:
         """Learn the qualified names of layers from the modules whose forward they run in; return the hooks' handles."""
 
         def enter(module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             if not self.stack:
                 self.names = {id(m): name.removeprefix("module.") for name, m in module.named_modules()}
             self.stack.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if self.stack:
+            if not torch.compiler.is_compiling() and self.stack:
                 self.stack.pop()
 
         return [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
@@ -149,7 +154,7 @@ class _Detector:
 
     def agree(self, record: Record, process_group: Group) -> None:
         """Announce the call of this rank, wait for those of its peers, and raise DesyncError if they differ."""
-        group, store = _group_and_store(process_group)
+        group, store = self._group_and_store(process_group)
         ranks, number = dist.get_process_group_ranks(group), self.calls[group]
         self.calls[group] += 1
         own = dist.get_rank()
@@ -172,7 +177,7 @@ class _Detector:
     def note(self, record: Record, process_group: Group) -> None:
         """Announce a call that needs no agreement."""
         self.evaluated.append(record["layer"])
-        _group_and_store(process_group)[1].set(f"last/{dist.get_rank()}", json.dumps(record))
+        self._group_and_store(process_group)[1].set(f"last/{dist.get_rank()}", json.dumps(record))
 
     def leave(self) -> None:
         """Agree with the other ranks that the block ends here."""
@@ -186,7 +191,7 @@ class _Detector:
         if dist.is_available() and dist.is_initialized():
             for group in dict.fromkeys((*self.calls, dist.group.WORLD)):
                 if group_size(group) > 1:
-                    _group_and_store(group)[1].set(f"failed/{dist.get_rank()}", reason)
+                    self._group_and_store(group)[1].set(f"failed/{dist.get_rank()}", reason)
 
     def _wait_for_peers(
         self, store: Any, number: int, ranks: list[int], deadline: float
@@ -204,17 +209,16 @@ class _Detector:
                 return found, failed
             time.sleep(POLL_S)
 
+    def _group_and_store(self, process_group: Any) -> tuple[Any, Any]:
+        group: Any = dist.group.WORLD if process_group is None else process_group
+        prefix = f"syncbn/{self.number}/{group.group_name}"
+        return group, dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+
     def _timeout_s(self, group: Any) -> float:
         if self.timeout_s is not None:
             return self.timeout_s
         device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         return group._get_backend(device).options._timeout.total_seconds() / 2
-
-
-def _group_and_store(process_group: Any) -> tuple[Any, Any]:
-    group: Any = dist.group.WORLD if process_group is None else process_group
-    prefix = f"syncbn/{_generation}/{group.group_name}"
-    return group, dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
 
 def _same_call(record: Record, other: Record) -> bool:
@@ -236,13 +240,22 @@ def _describe(number: int, found: dict[int, Record]) -> str:
     )
 
 
-def _digest(tensor: Tensor) -> str:
-    tensor = tensor.detach().contiguous()
-    content = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(content.cpu().numpy().tobytes()).hexdigest()}"
+def _digest(tensor: Any) -> str:
+    """Return what tells this rank's copy from others; for one that cannot be read, why: the others wait for it."""
+    try:
+        if hasattr(tensor, "placements"):
+            if not all(placement.is_replicate() for placement in tensor.placements):
+                return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.placements}"
+            tensor = tensor.to_local()
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        content = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(content.numpy().tobytes()).hexdigest()}"
+    except Exception as error:
+        return f"cannot be read: {error}"
 
 
-_generation = 0  # of blocks entered, so that one reads no keys of another
+_numbers = count()  # of detectors in the order that all ranks make them, so that one reads no keys of another
 _detector: _Detector | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0"):
     _detector = _Detector(timeout_s=None)

@@ -1,6 +1,7 @@
 """Population statistics for evaluation: measured over a data set, or merged from ranks that trained without sync."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn import backends
 from syncbn.collectives import all_reduce_
 from syncbn.groups import group_size
+from syncbn.module import SyncBatchNorm
 from syncbn.statistics import pack, unpack
 
 
@@ -45,17 +47,27 @@ def recalibrate(
         The number of batches that this rank has read.
 
     Raises:
-        ValueError: no rank has a batch, on every rank; statistics stay as they were. What the model or the loader
-            raises passes through. Statistics then stay as they were; training flags are restored in any case.
+        ValueError: no rank has a batch; on every rank.
+        TypeError: a batch is neither a tensor nor a tuple or list that begins with one; on this rank.
+        RuntimeError: another rank has failed, by its loader, its batch or, with a model that does not communicate, its
+            model. What the model or the loader raises passes through on its own rank.
+            Statistics then stay as they were; training flags are restored in any case.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 12; Wu & Johnson 2021, section 3 (PreciseBN).
     """
     layers = _tracking_layers(model)
+    communicates = any(isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm) for layer in model.modules())
     sums: dict[int, Tensor] = {}
     read = 0
     with _only_batch_norms_in_training(model, layers), _observed(layers, sums):
-        for batch, is_own in _in_step(islice(batches, num_batches), process_group):
-            model(batch)
+        steps = _in_step(batches, num_batches, process_group)
+        for batch, is_own in steps:
+            try:
+                model(batch)
+            except Exception as error:
+                if communicates:  # the other ranks are in the model's collectives, not in those between steps
+                    raise
+                steps.throw(error)
             read += is_own
     if layers:
         _write_population_statistics(layers, sums, process_group)
@@ -70,22 +82,28 @@ def merge_running_stats(model: nn.Module, count: float = 1.0, process_group: dis
     ranks' means differ.
 
     Args:
-        count: weight of this rank, for example the number of samples that it has trained on.
+        count: weight of this rank, for example the number of samples that it has trained on. The statistics of a rank
+            with 0 do not matter.
         process_group: the ranks to merge; all of them by default.
 
     Raises:
-        ValueError: no rank has a positive count, on every rank.
+        ValueError: a count is negative or not finite, or none is positive; on every rank, nothing is changed.
     """
     layers = _tracking_layers(model)
     if not layers:
         return
-    weight = torch.tensor(float(count), dtype=torch.float64, device=layers[0].running_mean.device)
+    is_valid = math.isfinite(count) and count >= 0
+    weight = layers[0].running_mean.new_tensor(count if is_valid else math.nan, dtype=torch.float64)
     vectors = [pack(weight, layer.running_mean, layer.running_var.double() * weight) for layer in layers]
+    vectors = [torch.where(weight == 0, 0, vector) for vector in vectors]
     merged = all_reduce_(torch.cat(vectors), process_group).split([len(vector) for vector in vectors])
+    total = merged[0][0]
+    if not total > 0:
+        raise ValueError(
+            f"expected finite counts of at least 0, one of them positive, got {count} on this rank and {float(total)} "
+            "over all (nan: another rank's is not valid)"
+        )
     for layer, vector in zip(layers, merged, strict=True):
-        total = vector[0]
-        if not total > 0:
-            raise ValueError(f"expected a positive count on some rank, got {float(total)} over all of them")
         _, mean, var = unpack(vector / total)  # a weight may be below 1, a count may not
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
@@ -132,30 +150,69 @@ def _observed(layers: list[Any], sums: dict[int, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _in_step(batches: Iterable[Any], process_group: dist.ProcessGroup | None) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the inputs of this rank, then empty ones until every rank has had its last; and whether it was its own."""
-    iterator = iter(batches)
+def _in_step(
+    batches: Iterable[Any], num_batches: int | None, process_group: dist.ProcessGroup | None
+) -> Generator[tuple[Tensor, bool], None, None]:
+    """Yield the inputs of this rank, then empty ones until every rank has had its last; and whether it was its own.
+
+    An exception here or thrown in is raised after the other ranks have heard of it.
+    """
+    iterator: Iterator[Any] | None = None
+    own: Tensor | None = None
     template: Tensor | None = None
+    error: Exception | None = None
     has_any = False
     while True:
-        batch = next(iterator, None)
-        batch = batch[0] if isinstance(batch, tuple | list) else batch
-        shapes = [None if batch is None else (batch.shape[1:], batch.dtype, batch.device.type)]
-        if group_size(process_group) > 1:
-            shapes = shapes * group_size(process_group)
-            dist.all_gather_object(shapes, shapes[0], group=process_group)
-        found = [shape for shape in shapes if shape is not None]
+        try:
+            if error is None:
+                iterator = islice(batches, num_batches) if iterator is None else iterator
+                own = _next_input(iterator)
+        except Exception as exception:
+            error, own = exception, None
+        state = (None if own is None else (own.shape[1:], own.dtype, own.device.type), error and repr(error))
+        states = [state] * group_size(process_group)
+        if len(states) > 1:
+            dist.all_gather_object(states, state, group=process_group)
+        if error is not None:
+            raise error
+        failures = {rank: failure for rank, (_, failure) in enumerate(states) if failure}
+        if failures:
+            raise RuntimeError(
+                f"expected every rank of the group to go on, got from ranks {failures}: see the error there"
+            )
+        found = [shape for shape, _ in states if shape is not None]
         if not found:
             break
         has_any = True
-        if batch is not None:
-            template = batch
-            yield batch, True
-        else:
-            shape, dtype, device = found[0]
-            yield (torch.empty((0, *shape), dtype=dtype, device=device) if template is None else template[:0]), False
+        shape, dtype, device = found[0]
+        if own is not None:
+            template = own
+        batch = own if own is not None else _empty_batch(template, shape, dtype, device)
+        try:
+            yield batch, own is not None
+        except Exception as exception:
+            error = exception
     if not has_any:
         raise ValueError("expected at least one batch on some rank, got none: is the loader exhausted?")
+
+
+def _next_input(iterator: Iterator[Any]) -> Tensor | None:
+    """Return the model's input of the next batch, None after the last."""
+    end = object()
+    batch = next(iterator, end)
+    if batch is end:
+        return None
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"expected batches that are tensors, or tuples or lists that begin with one, got {type(batch).__name__}: "
+            "pass a generator that yields the model's input"
+        )
+    return first
+
+
+def _empty_batch(template: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.empty((0, *shape), dtype=dtype, device=device) if template is None else template[:0]
 
 
 def _write_population_statistics(

@@ -91,6 +91,31 @@ def test_ranks_in_step_go_undisturbed_and_leave_no_hooks():
     assert len(hooks) == 0
 
 
+def train_in_nested_blocks() -> str:
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3)
+    with syncbn.detect_desync(5.0):
+        layer(x)
+        for _ in range(2):
+            with syncbn.detect_desync(5.0):
+                layer(x)
+                layer.double()(x.double())
+                layer.float()
+        for _ in range(4):
+            layer(x)
+    return "in step"
+
+
+def test_blocks_may_be_nested():
+    assert run_ranks(2, train_in_nested_blocks) == ["in step", "in step"]
+
+
+def test_a_compiled_network_runs_within_a_block():
+    layer = syncbn.SyncBatchNorm(3)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    with syncbn.detect_desync():
+        assert layer(torch.randn(4, 3)).shape == (4, 3)
+
+
 def wait_for_a_rank_that_never_comes() -> tuple[str, float]:
     layer, start = syncbn.SyncBatchNorm(3), time.monotonic()
     try:
@@ -161,12 +186,17 @@ def test_bad_input_on_one_rank_is_shown_beside_the_good_one():
 def compare(change: str) -> str:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model.register_buffer("empty", torch.empty(0, 3))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("conjugate", torch.ones(2, dtype=torch.complex64).conj())
     if dist.get_rank() == 1:
         if change == "value":
             model[1].running_mean[1] = 1e-30
             model[0].bias.data.add_(1)
         elif change == "dtype":
             model[0].half()
+        elif change == "no data":
+            model[0].to_empty(device="meta")
         elif change == "missing":
             model[1] = torch.nn.BatchNorm1d(2, affine=False)
     try:
@@ -182,6 +212,7 @@ def compare(change: str) -> str:
         ("nothing", "equal"),
         ("value", "0.bias: ranks [0, 2] against ranks [1]\n  1.running_mean: ranks [0, 2] against ranks [1]"),
         ("dtype", "0.weight: ranks [0, 2] against ranks [1]\n  0.bias: ranks [0, 2] against ranks [1]"),
+        ("no data", "0.weight: ranks [0, 2] against ranks [1]\n  0.bias: ranks [0, 2] against ranks [1]"),
         ("missing", "1.weight: ranks [0, 2]; missing on ranks [1]\n  1.bias: ranks [0, 2]; missing on ranks [1]"),
     ],
 )

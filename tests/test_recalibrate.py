@@ -130,6 +130,68 @@ def test_merged_statistics_are_the_pooled_ones(counts):
         np.testing.assert_allclose(rank[3], var, atol=1e-12)
 
 
-def test_merging_without_any_count_is_refused():
-    with pytest.raises(ValueError, match="expected a positive count on some rank"):
-        syncbn.merge_running_stats(network(), 0)
+def merging_error(counts: tuple[float, ...]) -> tuple[str, float]:
+    model = network()
+    model[0].running_mean.fill_(1)
+    with pytest.raises(ValueError, match="expected finite counts") as caught:
+        syncbn.merge_running_stats(model, counts[dist.get_rank()])
+    return str(caught.value), float(model[0].running_mean.sum())
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, -2), (1, float("nan")), (float("inf"), 1)], ids=str)
+def test_counts_that_are_no_weights_are_refused_on_every_rank(counts):
+    for count, (message, untouched) in zip(counts, run_ranks(2, merging_error, counts), strict=True):
+        assert f"expected finite counts of at least 0, one of them positive, got {count} on this rank" in message
+        assert untouched == 3
+
+
+def test_statistics_of_a_rank_that_counts_nothing_may_be_anything():
+    model = network()
+    model[0].running_mean.fill_(float("nan"))
+    with pytest.raises(ValueError, match="one of them positive, got 0 on this rank"):
+        syncbn.merge_running_stats(model, 0)
+    for rank in run_ranks(2, merged_with_a_spoiled_rank):
+        assert rank == [1, 1, 1]
+
+
+def merged_with_a_spoiled_rank() -> list[float]:
+    model = torch.nn.BatchNorm1d(3)
+    model.running_mean.fill_(float("nan") if dist.get_rank() else 1)
+    syncbn.merge_running_stats(model, 0 if dist.get_rank() else 10)
+    return model.running_mean.tolist()
+
+
+def fails_on_one_rank(where: str) -> str:
+    model, batches = network(), iter(data())
+    if dist.get_rank() == 1:
+        if where == "loader":
+            batches = (x.no_such_attribute for x in data())
+        elif where == "batch":
+            batches = iter([{"image": data()[0]}])
+        elif where == "end":
+            batches = iter([data()[0], (None, 1)])
+        elif where == "model":
+            model[2] = torch.nn.Conv1d(5, 4, 1).double()
+        elif where == "construction":
+            batches = None
+    try:
+        syncbn.recalibrate(model, batches)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+FAILURES = {
+    "loader": "AttributeError",
+    "batch": "TypeError: expected batches that are tensors, or tuples or lists that begin with one, got dict",
+    "end": "TypeError: expected batches that are tensors, or tuples or lists that begin with one, got tuple",
+    "model": "RuntimeError: Given groups=1",
+    "construction": "TypeError: 'NoneType' object is not iterable",
+}
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_on_one_rank_is_raised_on_every_rank(where):
+    (other, own) = run_ranks(2, fails_on_one_rank, where)
+    assert own.startswith(FAILURES[where])
+    assert other.startswith("RuntimeError: expected every rank of the group to go on, got from ranks {1: ")
