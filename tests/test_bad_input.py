@@ -68,6 +68,49 @@ def test_the_functional_form_releases_its_peers_too():
     assert "got (4, 2)" in ranks[1]
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_functional_form_wants_one_value_per_channel_of_everything(name, training):
+    tensors = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "weight": torch.ones(3)}
+    with pytest.raises(ValueError, match=rf"expected {name} of shape \(3,\), got \(2,\)"):
+        syncbn.sync_batch_norm(GOOD, **tensors | {name: torch.ones(2)}, training=training)
+
+
+def refuse_something_else() -> str:
+    """Rank 1 fails in the check by an error that is no ValueError."""
+    try:
+        syncbn.SyncBatchNorm(3)(GOOD, residual=None if dist.get_rank() == 0 else "not a tensor")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def test_peers_are_released_whatever_the_check_raises():
+    first, second = run_ranks(2, refuse_something_else)
+    assert "refusal from another rank" in first
+    assert second.startswith("AttributeError")
+
+
+def refused_with_running_statistics() -> list[torch.Tensor]:
+    tensors = [torch.full((3,), 5.0), torch.full((3,), 7.0), torch.ones(3)]
+    x = torch.randn(4, 3 if dist.get_rank() == 0 else 2)
+    with pytest.raises(ValueError, match="expected"):
+        syncbn.sync_batch_norm(x, *tensors, training=True, momentum=0.5)
+    return tensors
+
+
+def test_a_refusal_leaves_running_statistics_of_the_functional_form_alone():
+    for mean, var, _ in run_ranks(2, refused_with_running_statistics):
+        assert mean.tolist() == [5, 5, 5]
+        assert var.tolist() == [7, 7, 7]
+
+
+def test_one_value_per_channel_is_refused_by_a_compiled_layer_too():
+    layer = torch.compile(syncbn.SyncBatchNorm(3), backend="aot_eager")
+    with pytest.raises(Exception, match="expected more than 1 value per channel when training, got 1 over all 1 ranks"):
+        layer(torch.randn(1, 3))
+
+
 def single_value(sizes: list[int]) -> list[str]:
     messages = []
     layer = syncbn.SyncBatchNorm(3)

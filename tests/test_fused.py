@@ -213,3 +213,29 @@ def test_memory_kept_for_backward_is_the_input_and_a_few_values_per_channel(acti
     with saved:
         layer(x)
     assert sum(saved.storages.values()) <= x.nbytes + 8 * (4 * 64 + 1)  # float64: the packed sums, mean and var
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_whatever_stands_behind_a_mask_reaches_no_output_and_no_gradient(training, create_graph):
+    layer = syncbn.SyncBatchNorm(3, activation="silu").train(training)
+    mask = torch.tensor([True, True, False, True]).view(4, 1)
+    cotangent = torch.randn(4, 3)
+
+    def results(hidden: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        x, residual = torch.randn(2, 4, 3)
+        x[2], residual[2] = hidden, hidden
+        leaves = [x.requires_grad_(), residual.requires_grad_(), layer.weight, layer.bias]
+        y = layer(x, residual, mask)
+        return [y, *torch.autograd.grad(y, leaves, cotangent, create_graph=create_graph)]
+
+    for spoiled, clean in zip(results(float("nan")), results(0.0), strict=True):
+        torch.testing.assert_close(spoiled, clean)
+
+
+@pytest.mark.parametrize("name", ["residual", "mask"])
+def test_a_residual_or_mask_elsewhere_is_refused(name):
+    tensors = {"residual": torch.empty(4, 3, device="meta"), "mask": torch.ones(4, 1, dtype=bool, device="meta")}
+    with pytest.raises(ValueError, match=f"expected a {name} on cpu like the input, got meta: move it"):
+        syncbn.SyncBatchNorm(3)(torch.randn(4, 3), **{name: tensors[name]})

@@ -40,7 +40,7 @@ def test_statistics_are_those_of_the_group_of_consecutive_ranks():
 
 def refused_sizes() -> list[str]:
     messages = []
-    for size in (3, 0, -2, 8, "rack", 2 if dist.get_rank() else 4):
+    for size in (3, 0, -2, 8, "rack", 1.5, "²", None, 2 if dist.get_rank() else 4):
         try:
             syncbn.new_sync_groups(size)
         except ValueError as error:
@@ -50,9 +50,9 @@ def refused_sizes() -> list[str]:
 
 def test_sizes_that_do_not_divide_the_world_or_differ_are_refused_on_every_rank():
     for messages in run_ranks(4, refused_sizes):
-        for message, got in zip(messages[:5], (3, 0, -2, 8, "rack"), strict=True):
+        for message, got in zip(messages[:-1], (3, 0, -2, 8, "rack", 1.5, "²", None), strict=True):
             assert message == f"expected a group size that divides the world size 4, got {got}: use [1, 2, 4]"
-        assert messages[5] == "expected the same group size from every rank, got 4, 2, 2, 2 from ranks 0 to 3"
+        assert messages[-1] == "expected the same group size from every rank, got 4, 2, 2, 2 from ranks 0 to 3"
 
 
 def test_groups_need_an_initialized_process_group():

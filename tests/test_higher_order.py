@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.collectives import AllReduce
@@ -128,3 +129,41 @@ def test_half_precision_inputs_have_second_derivatives():
     assert x.grad.dtype == torch.bfloat16
     assert x.grad.isfinite().all()
     assert x.grad.abs().max() > 0
+
+
+class ElementaryLayer(torch.nn.Module):
+    """The formula in elementary operations, with a scale that depends on the input."""
+
+    def forward(self, x, weight, residual):
+        centred = x - x.mean(0)
+        return torch.relu(centred / (centred.square().mean(0) + 1e-5).sqrt() * weight + residual)
+
+
+def test_inputs_that_are_computed_from_another_get_their_own_derivative():
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    cotangents = torch.randn(2, 6, 3, dtype=torch.float64)
+
+    def second_derivative(normalize):
+        h = x.sin()
+        y = normalize(h, h.square().mean(0), h)  # weight and residual depend on the input
+        (grad,) = torch.autograd.grad(y, x, cotangents[0], create_graph=True)
+        return grad, *torch.autograd.grad(grad, x, cotangents[1])
+
+    expected = second_derivative(ElementaryLayer())
+    found = second_derivative(
+        lambda x, weight, residual: syncbn.sync_batch_norm(
+            x, None, None, weight, training=True, residual=residual, activation="relu"
+        )
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_a_checkpointed_layer_has_a_backward_pass_under_create_graph():
+    layer = syncbn.SyncBatchNorm(3, activation="relu")
+    x = torch.randn(6, 3, requires_grad=True)
+    cotangent = torch.randn(6, 3)
+    (expected,) = torch.autograd.grad(layer(x), x, cotangent, create_graph=True)
+    y = checkpoint(layer, x, use_reentrant=False)
+    (found,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
+    torch.testing.assert_close(found, expected)
+    assert layer.num_batches_tracked == 2

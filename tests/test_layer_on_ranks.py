@@ -218,6 +218,14 @@ def test_the_output_keeps_its_accuracy_at_a_mean_of_ten_thousand_standard_deviat
     np.testing.assert_allclose(output.double().numpy(), expected, rtol=0, atol=4e-6)
 
 
+def test_one_process_keeps_what_float64_can_hold():
+    # as sum and sum of squares in float64 nothing would be left at a mean of 1e9 standard deviations
+    x = 1e9 + torch.randn(64, 3, dtype=torch.float64)
+    layer = syncbn.SyncBatchNorm(3, momentum=1.0, dtype=torch.float64)
+    layer(x)
+    np.testing.assert_allclose(layer.running_var.numpy(), x.numpy().var(0, ddof=1), rtol=1e-9)
+
+
 # Several steps, groups of layers, DDP
 
 
