@@ -10,7 +10,7 @@ from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.torch_ops import hide
 from syncbn.groups import Group, group_size
-from syncbn.statistics import Channels, invstd_of, pack, unpack
+from syncbn.statistics import Channels, Running, invstd_of
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -32,21 +32,25 @@ class SyncBatchNormFunction(torch.autograd.Function):
         activation: str,
         process_group: Group,
         record: checks.Record | None,
+        running: Running | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y like x, then count (), mean (C,) and biased var (C,) of the whole group, float64."""
+        """Return y like x, then count (), mean (C,) and biased var (C,) of the whole group, float64.
+
+        `running` is moved, in place, where the backend does that; the caller gives None otherwise.
+        """
         backend = backends.select(x)
-        count, mean, M2 = backend.batch_norm_stats(x, mask)
         if group_size(process_group) > 1:
-            count, mean, var = unpack(collectives.all_reduce_(pack(count, mean, M2), process_group))
+            packed = collectives.all_reduce_(backend.pack_stats(x, mask), process_group)
+            count, var, channels = backend.gather_stats(packed, weight, bias, eps=eps, running=running)
         else:
-            var = M2 / count.clamp(min=1)
-        channels = Channels(mean, invstd_of(var, eps), weight, bias)
-        y = backend.batch_norm_elemt(x, channels, residual=residual, mask=mask, activation=activation)
+            count, var, channels = backend.own_stats(x, mask, weight, bias, eps=eps, running=running)
+        y = backend.elemt(x, channels, residual=residual, mask=mask, activation=activation)
 
         ctx.eps, ctx.activation, ctx.process_group, ctx.record = eps, activation, process_group, record
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept = (None, None) if activation == "identity" else (bias, residual)  # their values do not matter there
-        ctx.save_for_backward(x, weight, *kept, mask, count, mean, var)
+        mean, invstd, coefficients = channels.mean, channels.invstd, channels.coefficients
+        ctx.save_for_backward(x, weight, *kept, mask, count, mean, invstd, coefficients)
         ctx.mark_non_differentiable(count, mean, var)
         return y, count, mean, var
 
@@ -54,30 +58,42 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, bias and residual; weight's and bias's are sums over this rank alone."""
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them a single time
-        x, weight, bias, residual, mask, count, mean, var = saved
+        x, weight, bias, residual, mask, count, mean, invstd, coefficients = saved
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         checks.announce_backward(ctx.record, ctx.process_group)
         # create_graph=True; a tracer may have gradients enabled as well, and has no use for them
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, saved, grad_output)
+            return _differentiable_backward(ctx, saved[:7], grad_output)
 
         backend = backends.select(x)
-        channels = Channels(mean, invstd_of(var, ctx.eps), weight, bias)
-        dy = backend.batch_norm_activation_backward(
-            grad_output, x, channels, residual=residual, mask=mask, activation=ctx.activation
+        channels = Channels(mean, invstd, weight, bias, coefficients)
+        grad_output = backend.match_layout(grad_output, x)
+        sums, grad_weight, grad_bias, dy = backend.backward_reduce(
+            grad_output,
+            x,
+            channels,
+            residual=residual,
+            mask=mask,
+            activation=ctx.activation,
+            weight_dtype=weight.dtype if needs_weight else None,
+            bias_dtype=ctx.bias_dtype if needs_bias else None,
+            needs_dy=needs_residual,
         )
-        sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(dy, x, channels, mask=mask)
-        grad_weight = (sum_dy_xmu * channels.invstd).to(weight.dtype) if needs_weight else None
-        grad_bias = sum_dy.to(ctx.bias_dtype) if needs_bias else None
-
-        sums = collectives.all_reduce_(torch.cat([sum_dy, sum_dy_xmu]), ctx.process_group)
+        collectives.all_reduce_(sums, ctx.process_group)
         grad_input = None
         if needs_x:
-            sum_dy, sum_dy_xmu = sums.chunk(2)
-            grad_input = backend.batch_norm_backward_elemt(
-                dy, x, channels, mask=mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
+            grad_input = backend.backward_elemt(
+                grad_output,
+                x,
+                channels,
+                residual=residual,
+                mask=mask,
+                activation=ctx.activation,
+                dy=dy,
+                count=count,
+                sums=sums,
             )
-        return grad_input, grad_weight, grad_bias, dy if needs_residual else None, *[None] * 5
+        return grad_input, grad_weight, grad_bias, dy if needs_residual else None, *[None] * 6
 
 
 def _differentiable_backward(
@@ -88,7 +104,7 @@ def _differentiable_backward(
     The forward pass is written once more in such operations and differentiated; two all-reduces on every rank,
     whether or not its x needs a gradient.
     """
-    x, weight, bias, residual, mask, count, mean, _ = saved
+    x, weight, bias, residual, mask, count, mean = saved
     assert x is not None
     assert count is not None
     assert mean is not None
@@ -119,7 +135,7 @@ def _differentiable_backward(
     wanted |= {"residual": residual} if needs_residual else {}
     grads = dict(zip(wanted, torch.autograd.grad(y, [*wanted.values()], grad_output, create_graph=True), strict=True))
     grad_input = grads["x"] if needs_x else None
-    return grad_input, grads.get("weight"), grads.get("bias"), grads.get("residual"), *[None] * 5
+    return grad_input, grads.get("weight"), grads.get("bias"), grads.get("residual"), *[None] * 6
 
 
 def _differentiable_forward(

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import checks, collectives
+from syncbn import backends, checks, collectives
 from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.backends.torch_ops import hide
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group, group_size
-from syncbn.statistics import update_running_
+from syncbn.statistics import Running, advance_
 
 
 def sync_batch_norm(
@@ -68,7 +68,10 @@ def sync_batch_norm(
         check()
         y = F.batch_norm(hide(input, mask), running_mean, running_var, weight, bias, False, momentum, eps)
         return finish(y, residual=residual, mask=mask, activation=activation)
-    y, count, mean, var = normalize(
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, None, momentum)
+    return normalize(
         input,
         weight,
         bias,
@@ -79,10 +82,8 @@ def sync_batch_norm(
         num_features=num_features,
         eps=eps,
         process_group=process_group,
+        running=running,
     )
-    if running_mean is not None and running_var is not None and not is_recomputing():
-        update_running_(running_mean, running_var, count=count, mean=mean, var=var, momentum=momentum)
-    return y
 
 
 def normalize(
@@ -97,12 +98,14 @@ def normalize(
     num_features: int | None,
     eps: float,
     process_group: Group,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x normalized over the group, then count (), mean (C,) and biased var (C,) of the group, float64.
+    running: Running | None,
+) -> Tensor:
+    """Return x normalized over the group, and move the running statistics.
 
     Args:
         check: raises ValueError for arguments that do not fit; this rank then still releases its peers.
         num_features: C where it is known without x.
+        running: moved in place, but not while a checkpoint recomputes.
 
     Raises:
         ValueError: as `sync_batch_norm`.
@@ -113,6 +116,7 @@ def normalize(
     record = checks.announce(x, needs_grad, process_group)
     try:
         check()
+        is_fused = backends.select(x).updates_running
     except Exception:
         channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
         collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
@@ -120,13 +124,16 @@ def normalize(
     at_most_one = mask is None and x.numel() // x.shape[1] <= 1
     if at_most_one and x.numel() > 0 and group_size(process_group) == 1:
         _raise_on_every_rank(1, x, process_group)
+    running = None if is_recomputing() else running
     y, count, mean, var = SyncBatchNormFunction.apply(
-        x, weight, bias, residual, mask, eps, activation, process_group, record
+        x, weight, bias, residual, mask, eps, activation, process_group, record, running if is_fused else None
     )
     count, mean, var = count.detach(), mean.detach(), var.detach()  # torch.compile of torch 2.11 thinks they need it
     if _may_read(count, needs_to=at_most_one):
         _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)
-    return y, count, mean, var
+    if running is not None and not is_fused:
+        advance_(running, count=count, mean=mean, var=var)
+    return y
 
 
 def finish(y: Tensor, *, residual: Tensor | None, mask: Tensor | None, activation: str) -> Tensor:

@@ -12,9 +12,9 @@ from syncbn import groups
 from syncbn.activations import check_activation
 from syncbn.backends.torch_ops import hide
 from syncbn.checks import note_evaluation
-from syncbn.functional import check_input, finish, is_recomputing, normalize
+from syncbn.functional import check_input, finish, normalize
 from syncbn.groups import LOCAL, Group
-from syncbn.statistics import update_running_
+from syncbn.statistics import Running
 
 _GROUP_ATTRIBUTES = ("process_group", "unsynced_group")
 
@@ -79,7 +79,7 @@ class BatchNorm(_BatchNorm):
             weight, bias = (p if p is None else p.to(self.running_mean.dtype) for p in (weight, bias))
             y = F.batch_norm(hide(input, mask), self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
             return finish(y, residual=residual, mask=mask, activation=self.activation)
-        y, count, mean, var = normalize(
+        return normalize(
             input,
             weight,
             bias,
@@ -90,10 +90,8 @@ class BatchNorm(_BatchNorm):
             num_features=self.num_features,
             eps=self.eps,
             process_group=self._group() if self.training else LOCAL,
+            running=self._running() if self.training and self.track_running_stats else None,
         )
-        if self.training and self.track_running_stats and not is_recomputing():
-            self._update_running_stats(count, mean, var)
-        return y
 
     def reset_parameters(self) -> None:
         """Set running statistics to those of no data, weight to 1 and bias to 0."""
@@ -121,16 +119,10 @@ class BatchNorm(_BatchNorm):
         like = input if self.running_mean is None else self.running_mean
         return like.new_full((self.num_features,), self.temperature), None
 
-    def _update_running_stats(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+    def _running(self) -> Running | None:
         if self.running_mean is None or self.running_var is None:
-            return
-        momentum: float | Tensor | None = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(count > 0)  # a batch that is empty on all ranks was none
-            if momentum is None:
-                momentum = 1 / self.num_batches_tracked.clamp(min=1).double()
-        momentum = 0.0 if momentum is None else momentum
-        update_running_(self.running_mean, self.running_var, count=count, mean=mean, var=var, momentum=momentum)
+            return None
+        return Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # any number; check_input wants two at least

@@ -16,6 +16,25 @@ class Channels(NamedTuple):
     invstd: Tensor  # (C,) float64
     weight: Tensor | None  # (C,) of any floating dtype
     bias: Tensor | None  # (C,) of any floating dtype
+    coefficients: Tensor | None = None  # the same, prepared by a backend for itself
+
+
+class Running(NamedTuple):
+    """Running statistics and how far a batch moves them."""
+
+    mean: Tensor  # (C,) of any floating dtype
+    var: Tensor  # (C,) of any floating dtype
+    num_batches_tracked: Tensor | None  # () int64
+    momentum: float | None  # None: a cumulative average; without num_batches_tracked nothing moves then
+
+
+class Reduced(NamedTuple):
+    """What the first half of a backward pass finds on one rank."""
+
+    sums: Tensor  # (2C,) float64: sum(dy), then sum(dy * (x - mean)); to be summed over ranks
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    dy: Tensor | None  # the gradient in front of the activation, where somebody has use for it
 
 
 def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:
@@ -66,11 +85,11 @@ def update_running_(
     var: Tensor,
     momentum: float | Tensor,
 ) -> None:
-    """Move the running averages towards the statistics of the whole batch, in place; an empty batch moves nothing.
+    """Move the running averages towards the statistics of the whole batch, in place.
 
     `running = (1 - momentum) * running + momentum * batch`, torch's convention (0.1); several texts keep the reverse,
     `momentum * running + (1 - momentum) * batch` (0.9). The variance that enters is the unbiased one of the whole
-    batch, `var * n / (n - 1)`.
+    batch, `var * n / (n - 1)`; a batch of no values, or of a single one that has no such variance, moves nothing.
 
     Args:
         running_mean: (C,) of any floating dtype.
@@ -81,6 +100,17 @@ def update_running_(
         momentum: weight of the batch; a () tensor for a cumulative average.
     """
     unbiased_var = var * (count / (count - 1).clamp(min=1))
-    is_valid = count > 0  # neither for an empty batch nor for the NaN of a rank that refuses its input
+    is_valid = count > 1  # neither for an empty batch nor for the NaN of a rank that refuses its input
     for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
         running.copy_(torch.where(is_valid, running + momentum * (batch - running), running))
+
+
+def advance_(running: Running, *, count: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Count the batch and move the running statistics, in place; arguments as of `update_running_`."""
+    momentum: float | Tensor | None = running.momentum
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(count > 1)
+        if momentum is None:
+            momentum = 1 / running.num_batches_tracked.clamp(min=1).double()
+    momentum = 0.0 if momentum is None else momentum
+    update_running_(running.mean, running.var, count=count, mean=mean, var=var, momentum=momentum)

@@ -1,20 +1,31 @@
-"""The verbs of batch normalization, and which implementation of them serves a tensor.
+"""The steps of a training pass on one rank, and which implementation of them serves a tensor.
 
-batch_norm_stats                count, mean and M2 of one rank                   one read of x
-batch_norm_elemt                the output                                       one read of x, one write
-batch_norm_activation_backward  the gradient in front of the activation          one read of x and dy, one write
-batch_norm_backward_reduce      sum(dy) and sum(dy * (x - mean)) of one rank     one read of x and dy
-batch_norm_backward_elemt       the gradient of x                                one read of x and dy, one write
+step             returns                                                      launches of Triton
+pack_stats       the vector for the all-reduce: n, sum(x), sum(x^2)           2, one read of x
+gather_stats     per-channel values of the group; moves running statistics    1
+own_stats        both of these for a group of one rank                        2, one read of x
+elemt            the output                                                   1, one read of x, one write
+backward_reduce  sum(dy), sum(dy * (x - mean)), gradients of weight and bias  2, one read of x and grad_output
+backward_elemt   the gradient of x                                            1, the same, one write
 
-Names and meanings are PyTorch's own. A backend sees one rank; it never communicates.
+`composed` makes them of PyTorch's verbs, of which `torch_ops` is the implementation in plain operations for every
+device and dtype; `triton_launch` fuses them. A backend sees one rank; it never communicates.
 """
 
-from typing import Protocol
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from syncbn.backends import torch_ops
-from syncbn.statistics import Channels
+from syncbn.backends.composed import Composed
+from syncbn.statistics import Channels, Reduced, Running
+
+ENVIRONMENT_VARIABLE = "SYNCBN_BACKEND"
+CHOICES = ("auto", "torch", "triton")
 
 
 class Backend(Protocol):
@@ -23,15 +34,39 @@ class Backend(Protocol):
     Masked positions (False) are as if absent: they enter no sum, and their output and gradient are 0.
     """
 
-    def batch_norm_stats(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, mean and the sum of squared deviations from the mean."""
+    @property
+    def updates_running(self) -> bool:
+        """Whether `gather_stats` and `own_stats` move the running statistics that they are given."""
 
-    def batch_norm_elemt(
+    def pack_stats(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the vector of this rank for the all-reduce, (2C + 1,) float64, as `statistics.pack` makes it."""
+
+    def gather_stats(
+        self, packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
+    ) -> tuple[Tensor, Tensor, Channels]:
+        """Return count, biased var and what the elementwise steps need, from the sum of the vectors of all ranks."""
+
+    def own_stats(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        eps: float,
+        running: Running | None,
+    ) -> tuple[Tensor, Tensor, Channels]:
+        """Return the same for a group of one rank, without the rounding of the wire."""
+
+    def elemt(
         self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
     ) -> Tensor:
         """Return `activation((x - mean) * invstd * weight + bias + residual)` in the dtype and layout of x."""
 
-    def batch_norm_activation_backward(
+    def match_layout(self, tensor: Tensor, x: Tensor) -> Tensor:
+        """Return the tensor in a layout that the backward steps take beside x, so that it is copied once at most."""
+
+    def backward_reduce(
         self,
         grad_output: Tensor,
         x: Tensor,
@@ -40,28 +75,77 @@ class Backend(Protocol):
         residual: Tensor | None,
         mask: Tensor | None,
         activation: str,
-    ) -> Tensor:
-        """Return dy, the gradient of what went into the activation; computed again from x, nothing was stored."""
+        weight_dtype: torch.dtype | None,
+        bias_dtype: torch.dtype | None,
+        needs_dy: bool,
+    ) -> Reduced:
+        """Return the sums over this rank; gradients of weight and bias where a dtype is given, dy where it is needed.
 
-    def batch_norm_backward_reduce(
-        self, dy: Tensor, x: Tensor, channels: Channels, *, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return sum(dy) and sum(dy * (x - mean))."""
+        dy is the gradient in front of the activation, whose derivative is computed again from x: nothing was stored.
+        """
 
-    def batch_norm_backward_elemt(
+    def backward_elemt(
         self,
-        dy: Tensor,
+        grad_output: Tensor,
         x: Tensor,
         channels: Channels,
         *,
+        residual: Tensor | None,
         mask: Tensor | None,
+        activation: str,
+        dy: Tensor | None,
         count: Tensor,
-        sum_dy: Tensor,
-        sum_dy_xmu: Tensor,
+        sums: Tensor,
     ) -> Tensor:
         """Return the gradient of x in its dtype and layout; count and sums are those of the whole group."""
 
 
+PLAIN = Composed(torch_ops)
+
+
 def select(x: Tensor) -> Backend:
-    """Return the backend that serves `x`."""
-    return torch_ops
+    """Return the backend that serves `x`: Triton for CUDA tensors outside of torch.compile, which fuses by itself.
+
+    `SYNCBN_BACKEND` in the environment: `torch` for plain PyTorch everywhere; `triton` to be told where Triton cannot
+    run; `auto`, the default. Triton takes float32 and half precision, contiguous or channels last; the rest is left to
+    plain PyTorch.
+
+    Raises:
+        ValueError: the variable has another value, or asks for Triton where it is not installed or for tensors that it
+            cannot run on. On the CPU it runs under its interpreter, `TRITON_INTERPRET=1`.
+    """
+    if torch.compiler.is_compiling():
+        return PLAIN
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if choice == "torch" or (choice == "auto" and not x.is_cuda):
+        return PLAIN
+    if choice not in CHOICES:
+        raise ValueError(f"expected {ENVIRONMENT_VARIABLE} to be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "triton":
+        _check_triton_runs(x)
+    triton_launch = _triton_launch()
+    if triton_launch is None or type(x) not in (Tensor, torch.nn.Parameter) or not triton_launch.supports(x):
+        return PLAIN
+    return cast(Backend, triton_launch)
+
+
+def _check_triton_runs(x: Tensor) -> None:
+    if _triton_launch() is None:
+        raise ValueError(
+            f"expected Triton to be installed, got none: install triton, or unset {ENVIRONMENT_VARIABLE}=triton"
+        )
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"expected tensors on CUDA with {ENVIRONMENT_VARIABLE}=triton, got {x.device}: move the model there, or "
+            "set TRITON_INTERPRET=1 before triton is imported (slow, for tests)"
+        )
+
+
+@lru_cache
+def _triton_launch():  # type: ignore[no-untyped-def]  # a module, or None
+    """Import the Triton backend when it is first asked for."""
+    if find_spec("triton") is None:
+        return None
+    from syncbn.backends import triton_launch
+
+    return triton_launch

@@ -1,0 +1,342 @@
+"""The steps on CUDA: three or four launches forward, three backward. Layout, block sizes, grids and memory.
+
+Forward reads x twice and writes y, backward reads x and grad_output twice and writes grad_input; the activation's
+gradient is computed again in both backward kernels. No value is read back, so a CUDA graph can hold all of it.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from syncbn.backends import triton_kernels
+from syncbn.statistics import Channels, Reduced, Running
+
+updates_running = True
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TILE_ELEMENTS = 4096  # 16 per thread: two to four accesses of 16 bytes; half of it where accesses are narrow
+TILE_WARPS = 8
+ALIGNS = (8, 4, 2, 1)  # values per access; with channels next to each other 4 at most, as each has its coefficients
+NARROW = 4
+MIN_ROW = 128  # positions of a channel that a tile takes at least where it could take more
+MAX_IDLE = 1.15  # lanes per value that a block size may cost to be preferred over a smaller one
+MERGE_ELEMENTS = 1024
+CHANNELS_PER_PROGRAM = 256  # in gather_stats_kernel
+
+# Per multiprocessor, which holds about four of these programs at a time.
+REDUCE_PROGRAMS, REDUCE_MIN_TILES = 16, 4
+ELEMT_PROGRAMS, ELEMT_MAX_TILES = 8, 8
+MAX_GRID_Y = 65535
+EXACT_COUNT = 2**24  # the count of a program is a float32
+
+
+class Plan(NamedTuple):
+    """How the kernels walk through activations of one shape and layout."""
+
+    sizes: tuple[int, int, int]  # N, C_units, S_units
+    constexprs: dict[str, Any]
+    reduce_grid: tuple[int, int]  # blocks of channels, splits
+    reduce_tiles: int  # per program
+    elemt_grid: tuple[int, int]
+    elemt_tiles: int
+
+
+def supports(x: Tensor) -> bool:
+    """Return whether the kernels take x; what they do not, plain PyTorch does."""
+    return x.dtype in DTYPES and (x.is_contiguous() or _is_channels_last(x))
+
+
+def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the vector of this rank for the all-reduce, (2C + 1,) float64."""
+    C = x.shape[1]
+    if x.numel() == 0:
+        return torch.zeros(2 * C + 1, dtype=torch.float64, device=x.device)
+    packed = torch.empty(2 * C + 1, dtype=torch.float64, device=x.device)
+    _merge_stats(x, mask, packed, *[None] * 7, 0.0, 0.0, False)
+    return packed
+
+
+def gather_stats(
+    packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Channels]:
+    """Return count, var and what the elementwise steps need, from the summed vector; move the running statistics."""
+    C = packed.shape[0] // 2
+    statistics, coefficients = _per_channel_buffers(C, packed.device)
+    parameters, is_cumulative = _finish_arguments(statistics, coefficients, weight, bias, eps, running)
+    _launch(
+        triton_kernels.gather_stats_kernel,
+        (triton.cdiv(C, CHANNELS_PER_PROGRAM), 1),
+        packed, *parameters, C, is_cumulative, CHANNELS_PER_PROGRAM,
+    )  # fmt: skip
+    return _finished(statistics, coefficients, weight, bias, running, is_cumulative)
+
+
+def own_stats(
+    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Channels]:
+    """Return the same for the statistics of this rank alone, in one launch less."""
+    if x.numel() == 0:
+        return gather_stats(pack_stats(x, mask), weight, bias, eps=eps, running=running)
+    statistics, coefficients = _per_channel_buffers(x.shape[1], x.device)
+    parameters, is_cumulative = _finish_arguments(statistics, coefficients, weight, bias, eps, running)
+    _merge_stats(x, mask, None, *parameters, is_cumulative)
+    return _finished(statistics, coefficients, weight, bias, running, is_cumulative)
+
+
+def elemt(x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str) -> Tensor:
+    """Return the output, like x."""
+    y = torch.empty_like(x)
+    if x.numel():
+        plan = _plan_of(x)
+        _launch(
+            triton_kernels.elemt_kernel,
+            plan.elemt_grid,
+            x, _like(residual, x), _flat_mask(mask, x), _coefficients(channels), y, *plan.sizes, plan.elemt_tiles,
+            ACTIVATION=activation, **plan.constexprs,
+        )  # fmt: skip
+    return y
+
+
+def match_layout(tensor: Tensor, x: Tensor) -> Tensor:
+    """Return the tensor with its elements where those of x are; a copy only where they are not."""
+    if tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+def backward_reduce(
+    grad_output: Tensor,
+    x: Tensor,
+    channels: Channels,
+    *,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    needs_dy: bool,
+) -> Reduced:
+    """Return both sums of this rank, the gradients of weight and bias, and dy where the residual needs it."""
+    C = x.shape[1]
+    is_copy = activation == "identity" and mask is None  # dy is grad_output
+    dy = torch.empty_like(x) if needs_dy and not is_copy else None
+    make = torch.empty if x.numel() else torch.zeros
+    sums = make(2 * C, dtype=torch.float64, device=x.device)
+    grad_weight, grad_bias = (
+        None if dtype is None else make(C, dtype=dtype, device=x.device) for dtype in (weight_dtype, bias_dtype)
+    )
+    if x.numel():
+        plan, coefficients = _plan_of(x), _coefficients(channels)
+        splits = plan.reduce_grid[1]
+        partials = torch.empty(splits, 2 * C, dtype=torch.float32, device=x.device)
+        _launch(
+            triton_kernels.backward_reduce_kernel,
+            plan.reduce_grid,
+            _like(grad_output, x), x, _like(residual, x), _flat_mask(mask, x), coefficients, dy, partials,
+            *plan.sizes, plan.reduce_tiles,
+            ACTIVATION=activation, **plan.constexprs,
+        )  # fmt: skip
+        grid, blocks = _merge_blocks(C)
+        _launch(
+            triton_kernels.merge_sums_kernel,
+            grid,
+            partials, coefficients, sums, grad_weight, grad_bias, C, splits, *blocks,
+        )  # fmt: skip
+    return Reduced(sums, grad_weight, grad_bias, grad_output if needs_dy and is_copy else dy)
+
+
+def backward_elemt(
+    grad_output: Tensor,
+    x: Tensor,
+    channels: Channels,
+    *,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    dy: Tensor | None,
+    count: Tensor,
+    sums: Tensor,
+) -> Tensor:
+    """Return the gradient of x, like x; from dy where `backward_reduce` has written it."""
+    grad_input = torch.empty_like(x)
+    if dy is not None:
+        grad_output, residual, activation = dy, None, "identity"
+    if x.numel():
+        plan = _plan_of(x)
+        _launch(
+            triton_kernels.backward_elemt_kernel,
+            plan.elemt_grid,
+            _like(grad_output, x), x, _like(residual, x), _flat_mask(mask, x), _coefficients(channels), count, sums,
+            grad_input, *plan.sizes, plan.elemt_tiles,
+            ACTIVATION=activation, **plan.constexprs,
+        )  # fmt: skip
+    return grad_input
+
+
+@lru_cache(maxsize=1024)
+def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -> Plan:
+    """Choose block sizes and grids for (N, C, S), or for (S, C) with channels next to each other.
+
+    Tiles are long along memory: next to one another lie channels or positions. A reduction takes few programs, as each
+    writes 2C numbers; an elementwise step takes many short ones, so that the last wave of them is short as well.
+    """
+    inner = C if channels_last else S
+    align = next(size for size in ALIGNS if inner % size == 0 and (size <= NARROW or not channels_last))
+    align_c, align_s = (align, 1) if channels_last else (1, align)
+    elements = TILE_ELEMENTS if align >= NARROW else TILE_ELEMENTS // 2  # an address for each value takes registers
+    if channels_last:
+        block_c = min(triton.next_power_of_2(C), 64)
+        block_s = elements // block_c
+    else:
+        block_s = _row(S, elements)
+        block_c = min(elements // block_s, triton.next_power_of_2(C))
+    c_blocks, tiles = triton.cdiv(C, block_c), N * triton.cdiv(S, block_s)
+    splits = min(triton.cdiv(REDUCE_PROGRAMS * multiprocessors, c_blocks), triton.cdiv(tiles, REDUCE_MIN_TILES))
+    reduce_tiles = min(triton.cdiv(tiles, splits), EXACT_COUNT // block_s)
+    elemt_tiles = min(max(c_blocks * tiles // (ELEMT_PROGRAMS * multiprocessors), 1), ELEMT_MAX_TILES)
+    elemt_tiles = max(elemt_tiles, triton.cdiv(tiles, MAX_GRID_Y))
+    constexprs = {
+        "ALIGN_C": align_c,
+        "ALIGN_S": align_s,
+        "CHANNELS_LAST": channels_last,
+        "INT64": N * C * S + TILE_ELEMENTS * max(C, S) >= 2**31,  # offsets past the end are computed, not used
+        "BLOCK_C": block_c,
+        "BLOCK_S": block_s,
+        "num_warps": TILE_WARPS,
+    }
+    return Plan(
+        (N, C // align_c, S // align_s),
+        constexprs,
+        (c_blocks, triton.cdiv(tiles, reduce_tiles)),
+        reduce_tiles,
+        (c_blocks, triton.cdiv(tiles, elemt_tiles)),
+        elemt_tiles,
+    )
+
+
+def _row(S: int, elements: int) -> int:
+    """Return how many positions of a channel a tile holds: many, but with few idle lanes at the end of a sample."""
+    whole = triton.next_power_of_2(S)
+    sizes = [size for size in (2**k for k in range(elements.bit_length() - 1, -1, -1)) if size <= whole]
+    sizes = [size for size in sizes if size >= MIN_ROW] or sizes[:1]
+    idle = {size: triton.cdiv(S, size) * size / S for size in sizes}
+    return next((size for size in sizes if idle[size] <= MAX_IDLE), min(sizes, key=idle.__getitem__))
+
+
+def _plan_of(x: Tensor) -> Plan:
+    N, C = x.shape[:2]
+    positions = x.numel() // C
+    if C == 1:
+        return plan(1, 1, positions, channels_last=False, multiprocessors=_multiprocessors(x.device))
+    if _is_channels_last(x):
+        return plan(1, C, positions, channels_last=True, multiprocessors=_multiprocessors(x.device))
+    return plan(N, C, positions // N, channels_last=False, multiprocessors=_multiprocessors(x.device))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
+
+
+def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if tensor is None else match_layout(tensor, x)
+
+
+def _flat_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous().view(torch.uint8)
+
+
+def _coefficients(channels: Channels) -> Tensor:
+    """Return the rows of the kernels, computed here where the forward pass ran in plain PyTorch."""
+    if channels.coefficients is not None:
+        return channels.coefficients
+    pivot = channels.mean.float()
+    rest = pivot - channels.mean
+    scale = channels.invstd if channels.weight is None else channels.invstd * channels.weight
+    shift = rest * scale if channels.bias is None else rest * scale + channels.bias
+    return torch.stack([row.float() for row in (pivot, rest, channels.invstd, scale, shift)])
+
+
+def _merge_stats(x: Tensor, mask: Tensor | None, *arguments: Any) -> None:
+    C, plan = x.shape[1], _plan_of(x)
+    splits = plan.reduce_grid[1]
+    partials = torch.empty(splits, 3 * C + 1, dtype=torch.float32, device=x.device)
+    _launch(
+        triton_kernels.stats_kernel,
+        plan.reduce_grid,
+        x, _flat_mask(mask, x), partials, *plan.sizes, plan.reduce_tiles,
+        **plan.constexprs,
+    )  # fmt: skip
+    packed, *parameters, is_cumulative = arguments
+    grid, blocks = _merge_blocks(C)
+    _launch(
+        triton_kernels.merge_stats_kernel,
+        grid,
+        partials, packed, *parameters, C, splits, is_cumulative, *blocks,
+    )  # fmt: skip
+
+
+def _merge_blocks(C: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written."""
+    block_c = min(triton.next_power_of_2(C), 8)
+    return (triton.cdiv(C, block_c), 1), (block_c, MERGE_ELEMENTS // block_c)
+
+
+def _per_channel_buffers(C: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    statistics = torch.empty(3 * C + 1, dtype=torch.float64, device=device)
+    return statistics, torch.empty(5, C, dtype=torch.float32, device=device)
+
+
+def _finish_arguments(
+    statistics: Tensor,
+    coefficients: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running: Running | None,
+) -> tuple[tuple[Any, ...], bool]:
+    parameters = (statistics, coefficients, weight, bias)
+    if running is None:
+        return (*parameters, None, None, None, eps, 0.0), False
+    is_cumulative = running.momentum is None and running.num_batches_tracked is not None
+    moved = (running.mean, running.var, running.num_batches_tracked)
+    return (*parameters, *moved, eps, running.momentum or 0.0), is_cumulative
+
+
+def _finished(
+    statistics: Tensor,
+    coefficients: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    is_cumulative: bool,
+) -> tuple[Tensor, Tensor, Channels]:
+    C = coefficients.shape[1]
+    mean, var, invstd, count = statistics.split([C, C, C, 1])
+    count = count.view(())
+    if running is not None:
+        if is_cumulative:  # every program reads it, none may write it
+            assert running.num_batches_tracked is not None
+            running.num_batches_tracked.add_(count > 1)
+        for tensor in running[:3]:
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+    return count, var, Channels(mean, invstd, weight, bias, coefficients)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constexprs: Any) -> None:
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constexprs)
+    else:
+        kernel[grid](*arguments, **constexprs)
