@@ -90,6 +90,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 mask=mask,
                 activation=ctx.activation,
                 dy=dy,
+                keeps_dy=needs_residual,
                 count=count,
                 sums=sums,
             )

@@ -119,7 +119,7 @@ def test_views_of_any_strides_give_what_their_contiguous_copy_gives(x):
         y = layer(leaf)
         y.backward(grad_output)
         results.append((y, leaf.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-6)
+    torch.testing.assert_close(results[0], results[1], rtol=4e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 5, 5), (3, 4, 0), (3, 4, 5, 0)], ids=str)

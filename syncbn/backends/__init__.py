@@ -9,7 +9,7 @@ backward_reduce  sum(dy), sum(dy * (x - mean)), gradients of weight and bias  2,
 backward_elemt   the gradient of x                                            1, the same, one write
 
 `composed` makes them of PyTorch's verbs, of which `torch_ops` is the implementation in plain operations for every
-device and dtype; `triton_launch` fuses them. A backend sees one rank; it never communicates.
+device and dtype; `cpu` and `triton_launch` fuse them. A backend sees one rank; it never communicates.
 """
 
 import os
@@ -20,12 +20,13 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from syncbn.backends import torch_ops
+from syncbn.backends import compiled, torch_ops
 from syncbn.backends.composed import Composed
+from syncbn.backends.cpu import Cpu
 from syncbn.statistics import Channels, Reduced, Running
 
 ENVIRONMENT_VARIABLE = "SYNCBN_BACKEND"
-CHOICES = ("auto", "torch", "triton")
+CHOICES = ("auto", "torch", "compiled", "triton")
 
 
 class Backend(Protocol):
@@ -94,20 +95,27 @@ class Backend(Protocol):
         mask: Tensor | None,
         activation: str,
         dy: Tensor | None,
+        keeps_dy: bool,
         count: Tensor,
         sums: Tensor,
     ) -> Tensor:
-        """Return the gradient of x in its dtype and layout; count and sums are those of the whole group."""
+        """Return the gradient of x in its dtype and layout; count and sums are those of the whole group.
+
+        With `keeps_dy` dy is wanted afterwards; otherwise its memory may become that of the result.
+        """
 
 
 PLAIN = Composed(torch_ops)
+CPU = Cpu()
+COMPILED = compiled.Compiled()
 
 
 def select(x: Tensor) -> Backend:
-    """Return the backend that serves `x`: Triton for CUDA tensors outside of torch.compile, which fuses by itself.
+    """Return the backend that serves `x` outside of torch.compile, which fuses the plain one by itself.
 
-    `SYNCBN_BACKEND` in the environment: `torch` for plain PyTorch everywhere; `triton` to be told where Triton cannot
-    run; `auto`, the default. Triton takes float32 and half precision, contiguous or channels last; the rest is left to
+    `SYNCBN_BACKEND` in the environment: `auto`, the default, for ATen's kernels on CPU and Triton on CUDA; `compiled`
+    for kernels of torch.compile on CPU; `torch` for plain operations everywhere; `triton` to be told where that cannot
+    run. Triton takes float32 and half precision, contiguous or channels last; the rest is left to
     plain PyTorch.
 
     Raises:
@@ -117,10 +125,14 @@ def select(x: Tensor) -> Backend:
     if torch.compiler.is_compiling():
         return PLAIN
     choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if choice == "torch" or (choice == "auto" and not x.is_cuda):
-        return PLAIN
     if choice not in CHOICES:
         raise ValueError(f"expected {ENVIRONMENT_VARIABLE} to be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "torch":
+        return PLAIN
+    if x.device.type == "cpu" and choice != "triton":
+        return COMPILED if choice == "compiled" and compiled.is_available else CPU
+    if not x.is_cuda and choice != "triton":
+        return PLAIN
     if choice == "triton":
         _check_triton_runs(x)
     triton_launch = _triton_launch()

@@ -62,16 +62,24 @@ class Composed:
     def __init__(self, verbs: Verbs) -> None:
         self.verbs = verbs
 
+    def stats(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return count, mean and M2 of this rank."""
+        return self.verbs.batch_norm_stats(x, mask)
+
+    def channels(self, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Channels:
+        """Return what the elementwise steps need."""
+        return Channels(mean, invstd, weight, bias)
+
     def pack_stats(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the vector of this rank for the all-reduce."""
-        return pack(*self.verbs.batch_norm_stats(x, mask))
+        return pack(*self.stats(x, mask))
 
     def gather_stats(
         self, packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
     ) -> tuple[Tensor, Tensor, Channels]:
         """Return count, var and what the elementwise steps need, from the summed vector."""
         count, mean, var = unpack(packed)
-        return count, var, Channels(mean, invstd_of(var, eps), weight, bias)
+        return count, var, self.channels(mean, invstd_of(var, eps), weight, bias)
 
     def own_stats(
         self,
@@ -84,9 +92,9 @@ class Composed:
         running: Running | None,
     ) -> tuple[Tensor, Tensor, Channels]:
         """Return the same for this rank alone, without the rounding of the wire."""
-        count, mean, M2 = self.verbs.batch_norm_stats(x, mask)
+        count, mean, M2 = self.stats(x, mask)
         var = M2 / count.clamp(min=1)
-        return count, var, Channels(mean, invstd_of(var, eps), weight, bias)
+        return count, var, self.channels(mean, invstd_of(var, eps), weight, bias)
 
     def elemt(
         self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
@@ -115,10 +123,8 @@ class Composed:
         dy = self.verbs.batch_norm_activation_backward(
             grad_output, x, channels, residual=residual, mask=mask, activation=activation
         )
-        sum_dy, sum_dy_xmu = self.verbs.batch_norm_backward_reduce(dy, x, channels, mask=mask)
-        grad_weight = None if weight_dtype is None else (sum_dy_xmu * channels.invstd).to(weight_dtype)
-        grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
-        return Reduced(torch.cat([sum_dy, sum_dy_xmu]), grad_weight, grad_bias, dy)
+        sums = self.verbs.batch_norm_backward_reduce(dy, x, channels, mask=mask)
+        return reduced(*sums, channels, dy, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
 
     def backward_elemt(
         self,
@@ -130,6 +136,7 @@ class Composed:
         mask: Tensor | None,
         activation: str,
         dy: Tensor | None,
+        keeps_dy: bool,
         count: Tensor,
         sums: Tensor,
     ) -> Tensor:
@@ -139,3 +146,18 @@ class Composed:
         return self.verbs.batch_norm_backward_elemt(
             dy, x, channels, mask=mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
         )
+
+
+def reduced(
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    channels: Channels,
+    dy: Tensor | None,
+    *,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> Reduced:
+    """Return both sums, (C,) float64 of one rank, and the gradients of weight and bias that follow from them."""
+    grad_weight = None if weight_dtype is None else (sum_dy_xmu * channels.invstd).to(weight_dtype)
+    grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
+    return Reduced(torch.cat([sum_dy, sum_dy_xmu]), grad_weight, grad_bias, dy)

@@ -157,6 +157,7 @@ def backward_elemt(
     mask: Tensor | None,
     activation: str,
     dy: Tensor | None,
+    keeps_dy: bool,
     count: Tensor,
     sums: Tensor,
 ) -> Tensor:
