@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+import syncbn
 from syncbn import reference
 from syncbn.backends import Backend
 from syncbn.statistics import Running, advance_
@@ -131,7 +132,8 @@ def check_training_step(backend: Backend, case: Case, device: str = "cpu") -> No
     np.testing.assert_allclose(running.mean.cpu(), expected["running"].running_mean, rtol=accumulated)
     np.testing.assert_allclose(running.var.cpu(), expected["running"].running_var, rtol=accumulated)
     assert running.num_batches_tracked.item() == expected["running"].num_batches_tracked
-    atol = 100 * accumulated + rounding * np.sqrt(len(valid))
+    slack = expected["kinks"] * np.abs(expected["dy"]).max()  # values at a kink, where rounding decides
+    atol = 100 * accumulated + rounding * np.sqrt(len(valid)) + 6 * slack
     np.testing.assert_allclose(sums[:C].cpu(), expected["grad_bias"], atol=atol)
     np.testing.assert_allclose((sums[C:] * channels.invstd).cpu(), expected["grad_weight"], atol=atol)
     if case.affine:
@@ -142,8 +144,13 @@ def check_training_step(backend: Backend, case: Case, device: str = "cpu") -> No
     scale = np.abs(expected["scale"]).max()
     for name, tensors_of_parts in found.items():
         actual = np.concatenate([rows(tensor) for tensor in tensors_of_parts])
-        tolerance = accumulated + (2 * rounding * max(scale, 1) if name != "y" else 0)
-        np.testing.assert_allclose(actual[valid], expected[name], rtol=unit, atol=tolerance, err_msg=name)
+        tolerance, smooth = accumulated, np.ones_like(expected["smooth"])
+        if name != "y":
+            tolerance += (2 * rounding + 12 * slack / len(valid)) * max(scale, 1)
+            smooth = expected["smooth"]
+        np.testing.assert_allclose(
+            actual[valid][smooth], expected[name][smooth], rtol=unit, atol=tolerance, err_msg=name
+        )
         assert (actual[~valid] == 0).all(), name
         for tensor, x in zip(tensors_of_parts, xs, strict=True):
             assert tensor.dtype == case.dtype
@@ -167,6 +174,51 @@ def check_variance(backend: Backend, mean: float, std: float, shape: tuple[int, 
     return float(max(errors))
 
 
+LAYERS = {  # arguments, with a residual, with a mask
+    "plain": ({}, False, False),
+    "relu": ({"activation": "relu"}, True, False),
+    "masked": ({"activation": "silu", "momentum": None, "temperature": 1.5}, True, True),
+    "no weight": ({"activation": "leaky_relu", "affine": False}, False, True),
+    "no bias": ({"bias": False}, True, False),
+}
+
+
+def train_layers(
+    rank: int, sizes: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return results of two steps of each layer; the second one has its gradient expanded and its layout changed."""
+    found = {}
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for name, (arguments, with_residual, with_mask) in LAYERS.items():
+        torch.manual_seed(0)
+        layer = syncbn.SyncBatchNorm(5, **arguments).to(device, dtype)
+        x, residual = torch.randn(2, sum(sizes), 5, 4, 3).to(device, dtype)
+        mask = (torch.rand(sum(sizes), 1, 4, 3) < 0.7).to(device)
+        grad_output = torch.randn(x.shape).to(device, dtype)[part]
+        results = {}
+        for step, layout in enumerate((torch.contiguous_format, torch.channels_last)):
+            own_x, own_residual = (
+                (t + step)[part].contiguous(memory_format=layout).requires_grad_() for t in (x, residual)
+            )
+            y = layer(own_x, own_residual if with_residual else None, mask[part] if with_mask else None)
+            y.backward(grad_output if step == 0 else grad_output[:, :, :1].expand(y.shape))
+            results |= {f"{step} y": y.detach(), f"{step} grad_input": own_x.grad}
+            results |= {f"{step} grad_residual": own_residual.grad} if with_residual else {}
+        results |= {f"grad of {key}": parameter.grad for key, parameter in layer.named_parameters()}
+        found[name] = {key: value.double().cpu() for key, value in (results | layer.state_dict()).items()}
+    return found
+
+
+def compare_layers(actual: dict[str, dict[str, torch.Tensor]], expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Compare results of `train_layers` in float32 with those in float64."""
+    for name, wanted in expected.items():
+        assert actual[name].keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(
+                actual[name][key], value, rtol=1e-5, atol=2e-5, msg=lambda text, at=(name, key): f"{at}: {text}"
+            )
+
+
 def _expected(
     case: Case, x: np.ndarray, grad_output: np.ndarray, residual: np.ndarray, weight: Any, bias: Any, valid: np.ndarray
 ) -> dict[str, Any]:
@@ -183,7 +235,9 @@ def _expected(
         mean=forward.mean, var=forward.var, count=forward.count, momentum=case.momentum,
     )  # fmt: skip
     scale = forward.invstd * (1 if weight is None else weight)
+    smooth = np.abs(z) > (1e-5 if case.activation in ("relu", "leaky_relu") else -1)
     return {
+        "smooth": smooth, "kinks": (~smooth).sum(),
         "mean": forward.mean, "var": forward.var, "running": running, "scale": scale,
         "y": function(z), "dy": dy, **gradients._asdict(),
     }  # fmt: skip

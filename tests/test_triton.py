@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from contract import compare_layers, train_layers
 from ranks import run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -20,38 +21,10 @@ import sm90
 
 from syncbn.backends import triton_launch
 
-LAYERS = {
-    "plain": ({}, False, False),
-    "relu": ({"activation": "relu"}, True, False),
-    "masked": ({"activation": "silu", "momentum": None, "temperature": 1.5}, True, True),
-    "no weight": ({"activation": "leaky_relu", "affine": False}, False, True),
-    "no bias": ({"bias": False}, True, False),
-}
-
 
 def train(sizes: tuple[int, ...], backend: str, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
-    """Return results of two steps of each layer; the second one has its gradient expanded and its layout changed."""
     os.environ["SYNCBN_BACKEND"] = backend
-    rank, found = dist.get_rank(), []
-    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    for arguments, with_residual, with_mask in LAYERS.values():
-        torch.manual_seed(0)
-        layer = syncbn.SyncBatchNorm(5, **arguments).to(dtype)
-        x, residual = torch.randn(2, sum(sizes), 5, 4, 3).to(dtype)
-        mask = torch.rand(sum(sizes), 1, 4, 3) < 0.7
-        grad_output = torch.randn(x.shape).to(dtype)[part]
-        results = {}
-        for step, layout in enumerate((torch.contiguous_format, torch.channels_last)):
-            own_x, own_residual = (
-                (t + step)[part].contiguous(memory_format=layout).requires_grad_() for t in (x, residual)
-            )
-            y = layer(own_x, own_residual if with_residual else None, mask[part] if with_mask else None)
-            y.backward(grad_output if step == 0 else grad_output[:, :, :1].expand(y.shape))
-            results |= {f"{step} y": y.detach(), f"{step} grad_input": own_x.grad}
-            results |= {f"{step} grad_residual": own_residual.grad} if with_residual else {}
-        results |= {f"grad of {name}": parameter.grad for name, parameter in layer.named_parameters()}
-        found.append({name: value.double() for name, value in (results | layer.state_dict()).items()})
-    return found
+    return train_layers(dist.get_rank(), sizes, dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
@@ -59,13 +32,8 @@ def train(sizes: tuple[int, ...], backend: str, dtype: torch.dtype) -> list[dict
 def test_the_layer_computes_on_triton_what_it_computes_in_float64_without(sizes):
     actual = run_ranks(len(sizes), train, sizes, "triton", torch.float32)
     expected = run_ranks(len(sizes), train, sizes, "torch", torch.float64)
-    for rank in range(len(sizes)):
-        for name, own, wanted in zip(LAYERS, actual[rank], expected[rank], strict=True):
-            assert own.keys() == wanted.keys()
-            for key in own:
-                torch.testing.assert_close(
-                    own[key], wanted[key], rtol=1e-5, atol=2e-5, msg=lambda text, at=(name, key): f"{at}: {text}"
-                )
+    for own, wanted in zip(actual, expected, strict=True):
+        compare_layers(own, wanted)
 
 
 def recompute() -> tuple[float, float]:
