@@ -1,7 +1,12 @@
-"""What every test shares: one thread, a fixed seed, and uninitialized memory filled with NaN."""
+"""What every test shares: one thread, a fixed seed, uninitialized memory filled with NaN, Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined; ranks inherit it
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +17,30 @@ def reproducible():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: on the accelerator, or on the CPU under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_launch():
+    """The Triton backend, where it can run."""
+    pytest.importorskip("triton")
+    from syncbn.backends import triton_launch
+
+    return triton_launch
+
+
+@pytest.fixture
+def small_tiles(triton_launch, monkeypatch):
+    """The Triton backend with tiles so small that little data makes several programs of several tiles each."""
+    monkeypatch.setattr(triton_launch, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(triton_launch, "MIN_ROW", 8)
+    monkeypatch.setattr(triton_launch, "REDUCE_MIN_TILES", 3)
+    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 1)
+    triton_launch.plan.cache_clear()
+    yield triton_launch
+    triton_launch.plan.cache_clear()

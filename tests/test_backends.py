@@ -1,15 +1,12 @@
-"""The contract of the verbs: every backend, on parts of the batch or the whole of it, against the oracle."""
+"""The contract of the steps: every backend, on parts of the batch or the whole of it, against the oracle."""
 
-import numpy as np
 import pytest
 import torch
+from contract import CASES, Case, check_training_step, check_variance
 
-from syncbn import backends, reference
+from syncbn import backends
 from syncbn.backends import torch_ops
-from syncbn.statistics import Channels
-
-BACKENDS = {"torch": torch_ops}
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
+from syncbn.statistics import Running
 
 
 @pytest.fixture(params=[1, 300, 2**17], ids=["sample_by_sample", "parts", "whole"])
@@ -18,50 +15,62 @@ def part_elements(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("part_elements")
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-def test_the_verbs_in_turn_are_a_training_step(backend, layout, dtype, with_mask, activation):
-    x, grad_output, residual = torch.randn(3, 7, 5, 4, 6)
-    x = 5 + x
-    x, grad_output, residual = (t.to(dtype).contiguous(memory_format=layout) for t in (x, grad_output, residual))
-    weight, bias = torch.randn(2, 5, dtype=torch.promote_types(dtype, torch.float32))
-    mask = (torch.rand(7, 1, 4, 6) < 0.7) if with_mask else None
+@pytest.mark.parametrize("case", [*CASES, *(case._replace(dtype=torch.float64) for case in CASES[:9])], ids=str)
+def test_the_steps_in_turn_are_a_training_pass(case):
+    check_training_step(backends.PLAIN, case)
 
-    count, mean, M2 = backend.batch_norm_stats(x, mask)
-    channels = Channels(mean, (M2 / count + 1e-5).rsqrt(), weight, bias)
-    y = backend.batch_norm_elemt(x, channels, residual=residual, mask=mask, activation=activation)
-    dy = backend.batch_norm_activation_backward(
-        grad_output, x, channels, residual=residual, mask=mask, activation=activation
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_steps_of_triton_in_turn_are_a_training_pass(case, small_tiles, device):
+    check_training_step(small_tiles, case, device)
+
+
+@pytest.mark.parametrize("case", [Case(), Case((3, 2, 70), split=(1, 2)), Case(channels_last=True)], ids=str)
+def test_the_steps_of_triton_with_tiles_and_offsets_for_large_activations(case, triton_launch, device, monkeypatch):
+    monkeypatch.setattr(triton_launch, "INT32_OFFSETS", 0)
+    triton_launch.plan.cache_clear()
+    check_training_step(triton_launch, case, device)
+    triton_launch.plan.cache_clear()
+
+
+@pytest.mark.parametrize("mean, std", [(0, 1), (1e2, 1), (1e4, 1), (1, 1e-4), (0, 1e-5), (0.1, 1e-5), (-1e4, 1)])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_the_variance_has_six_digits_at_any_mean_and_scale(name, mean, std, request, device):
+    backend = backends.PLAIN if name == "torch" else request.getfixturevalue("triton_launch")
+    assert check_variance(backend, mean, std, (6, 3, 31, 30), device if name == "triton" else "cpu") < 1e-6
+
+
+def test_an_activation_keeps_nan_and_a_refused_count_moves_nothing(triton_launch, device):
+    packed = torch.full((7,), torch.nan, dtype=torch.float64, device=device)
+    running = Running(torch.zeros(3, device=device), torch.ones(3, device=device), None, 0.1)
+    count, _, channels = triton_launch.gather_stats(packed, None, None, eps=1e-5, running=running)
+    assert count.isnan()
+    assert running.mean.tolist() == [0] * 3
+    assert running.var.tolist() == [1] * 3
+    x = torch.randn(4, 3, device=device)
+    for activation in ("identity", "relu", "leaky_relu", "silu"):
+        y = triton_launch.elemt(x, channels, residual=None, mask=None, activation=activation)
+        assert y.isnan().all()
+
+
+@pytest.mark.parametrize("count, moved", [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize("momentum", [0.5, None])
+def test_statistics_move_from_two_values_on(count, moved, momentum, triton_launch, device):
+    x = torch.randn(count, 300, device=device)
+    running = Running(
+        torch.zeros(300, device=device), torch.ones(300, device=device), torch.tensor(0, device=device), momentum
     )
-    sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(dy, x, channels, mask=mask)
-    grad_input = backend.batch_norm_backward_elemt(
-        dy, x, channels, mask=mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
-    )
+    triton_launch.own_stats(x, None, None, None, eps=1e-5, running=running)
+    assert running.num_batches_tracked.item() == moved
+    assert bool((running.mean != 0).all()) == bool((running.var != 1).all()) == moved
 
-    def rows(tensor: torch.Tensor) -> np.ndarray:
-        return tensor.double().movedim(1, -1).reshape(-1, 5).numpy()
 
-    valid = np.ones(7 * 24, bool) if mask is None else mask.flatten().numpy()
-    forward = reference.batch_norm(rows(x)[valid], weight=weight.numpy(), bias=bias.numpy())
-    z = forward.output + rows(residual)[valid]
-    expected_y = np.maximum(z, 0) if activation == "relu" else z
-    expected_dy = rows(grad_output)[valid] * ((z > 0) if activation == "relu" else 1)
-    gradients = reference.batch_norm_backward(expected_dy, rows(x)[valid], weight=weight.numpy())
-    accumulated = 200 * torch.finfo(weight.dtype).eps
-    unit = torch.finfo(dtype).eps
-    assert count.item() == valid.sum()
-    np.testing.assert_allclose(mean, forward.mean, rtol=accumulated)
-    np.testing.assert_allclose(M2 / count, forward.var, rtol=accumulated)
-    np.testing.assert_allclose(sum_dy, gradients.grad_bias, atol=100 * accumulated)
-    np.testing.assert_allclose(sum_dy_xmu * channels.invstd, gradients.grad_weight, atol=100 * accumulated)
-    for actual, expected in ((y, expected_y), (dy, expected_dy), (grad_input, gradients.grad_input)):
-        np.testing.assert_allclose(rows(actual)[valid], expected, rtol=unit, atol=accumulated)
-        assert (rows(actual)[~valid] == 0).all()
-        assert actual.dtype == dtype
-        assert actual.is_contiguous(memory_format=layout)
+def test_backward_of_triton_takes_over_from_a_forward_pass_in_plain_pytorch(triton_launch, device):
+    class PlainForward:
+        def __getattr__(self, name):
+            return getattr(triton_launch if name.startswith("backward") else backends.PLAIN, name)
+
+    check_training_step(PlainForward(), Case(), device)
 
 
 def test_parts_cover_the_batch_once_and_stay_small():
@@ -74,8 +83,37 @@ def test_parts_cover_the_batch_once_and_stay_small():
         assert (covered == 1).all()
 
 
-def test_select_returns_a_backend_with_all_verbs():
-    backend = backends.select(torch.empty(2, 3))
-    verbs = [name for name in vars(backends.Backend) if name.startswith("batch_norm_")]
-    assert len(verbs) == 5
-    assert all(callable(getattr(backend, verb)) for verb in verbs)
+def test_every_backend_has_all_steps(triton_launch):
+    steps = [name for name in vars(backends.Backend) if not name.startswith("_")]
+    assert len(steps) == 7 + 1
+    for backend in (backends.PLAIN, triton_launch):
+        assert all(hasattr(backend, step) for step in steps)
+
+
+def test_select_follows_the_environment(monkeypatch, triton_launch):
+    x = torch.randn(4, 3)
+    monkeypatch.delenv("SYNCBN_BACKEND", raising=False)
+    assert backends.select(x) is backends.PLAIN
+    monkeypatch.setenv("SYNCBN_BACKEND", "triton")
+    assert backends.select(x) is triton_launch
+    for unsupported in (x.double(), torch.randn(4, 6)[:, ::2], torch.randn(4, 2, 3, 5).transpose(1, 2)):
+        assert backends.select(unsupported) is backends.PLAIN
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        ValueError, match="expected tensors on CUDA with SYNCBN_BACKEND=triton, got cpu: move the model"
+    ):
+        backends.select(x)
+    monkeypatch.setenv("SYNCBN_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="expected SYNCBN_BACKEND to be one of auto, torch, triton, got 'cuda'"):
+        backends.select(x)
+
+
+def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says_so(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_launch", lambda: None)
+    monkeypatch.setenv("SYNCBN_BACKEND", "triton")
+    with pytest.raises(ValueError, match="expected Triton to be installed, got none: install triton"):
+        backends.select(torch.randn(4, 3))
+    monkeypatch.setenv("SYNCBN_BACKEND", "auto")
+    on_cuda = torch.empty(4, 3, device="meta")
+    monkeypatch.setattr(type(on_cuda), "is_cuda", True, raising=False)
+    assert backends.select(on_cuda) is backends.PLAIN

@@ -30,6 +30,7 @@ CHANNELS_PER_PROGRAM = 256  # in gather_stats_kernel
 REDUCE_PROGRAMS, REDUCE_MIN_TILES = 16, 4
 ELEMT_PROGRAMS, ELEMT_MAX_TILES = 8, 8
 MAX_GRID_Y = 65535
+INT32_OFFSETS = 2**31
 EXACT_COUNT = 2**24  # the count of a program is a float32
 
 
@@ -203,7 +204,7 @@ def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -
         "ALIGN_C": align_c,
         "ALIGN_S": align_s,
         "CHANNELS_LAST": channels_last,
-        "INT64": N * C * S + TILE_ELEMENTS * max(C, S) >= 2**31,  # offsets past the end are computed, not used
+        "INT64": N * C * S + TILE_ELEMENTS * max(C, S) >= INT32_OFFSETS,  # some past the end are computed, not used
         "BLOCK_C": block_c,
         "BLOCK_S": block_s,
         "num_warps": TILE_WARPS,
