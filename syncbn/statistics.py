@@ -63,7 +63,7 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed: (2C + 1,) float64, as `pack` makes it, summed over ranks or not.
     """
     num_channels = (packed.shape[0] - 1) // 2
-    count = packed[0]
+    count = packed[0].clone()  # not a view that keeps the rest alive
     divisor = count.clamp(min=1)
     mean = packed[1 : num_channels + 1] / divisor
     var = (packed[num_channels + 1 :] / divisor - mean * mean).clamp(min=0)

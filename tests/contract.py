@@ -60,6 +60,8 @@ CASES = [
     Case((4, 6, 1, 1), activation="leaky_relu"),
     Case((2, 3, 2, 3, 2), channels_last=True, split=(1, 1)),
     Case((2, 9, 3, 3, 3), mask=True, residual=False),
+    Case((2, 3, 64, 40), split=(1, 1)),
+    Case((5, 6, 13, 31), channels_last=True, needs_dy=False),
 ]
 
 
@@ -118,7 +120,7 @@ def check_training_step(backend: Backend, case: Case, device: str = "cpu") -> No
     ]
     sums = sum(part.sums for part in reduced)
     grad_inputs = [
-        backend.backward_elemt(grad, x, channels, **extra, dy=own.dy, count=count, sums=sums)
+        backend.backward_elemt(grad, x, channels, **extra, dy=own.dy, keeps_dy=case.needs_dy, count=count, sums=sums)
         for grad, x, extra, own in zip(grads, xs, extras, reduced, strict=True)
     ]
 

@@ -77,7 +77,7 @@ def training_pass(
     sums, _, _, dy = triton_launch.backward_reduce(
         grad_output, x, channels, **extras, weight_dtype=weight.dtype, bias_dtype=bias.dtype, needs_dy=residual
     )
-    triton_launch.backward_elemt(grad_output, x, channels, **extras, dy=dy, count=count, sums=sums)
+    triton_launch.backward_elemt(grad_output, x, channels, **extras, dy=dy, keeps_dy=True, count=count, sums=sums)
 
 
 def without_data(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool) -> torch.Tensor:

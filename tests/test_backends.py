@@ -1,23 +1,83 @@
 """The contract of the steps: every backend, on parts of the batch or the whole of it, against the oracle."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from contract import CASES, Case, check_training_step, check_variance
 
 from syncbn import backends
-from syncbn.backends import torch_ops
+from syncbn.backends import compiled, cpu
 from syncbn.statistics import Running
 
+IN_FLOAT64 = [case._replace(dtype=torch.float64) for case in CASES[:9]]
 
-@pytest.fixture(params=[1, 300, 2**17], ids=["sample_by_sample", "parts", "whole"])
+
+@pytest.mark.parametrize("case", [*CASES, *IN_FLOAT64], ids=str)
+def test_the_steps_in_turn_are_a_training_pass(case):
+    check_training_step(backends.PLAIN, case)
+
+
+@pytest.fixture(params=[1, 300, cpu.PART_ELEMENTS], ids=["smallest_parts", "parts", "whole"])
 def part_elements(request, monkeypatch):
-    monkeypatch.setattr(torch_ops, "PART_ELEMENTS", request.param)
+    monkeypatch.setattr(cpu, "PART_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("part_elements")
-@pytest.mark.parametrize("case", [*CASES, *(case._replace(dtype=torch.float64) for case in CASES[:9])], ids=str)
-def test_the_steps_in_turn_are_a_training_pass(case):
-    check_training_step(backends.PLAIN, case)
+@pytest.mark.parametrize("case", [*CASES, *IN_FLOAT64], ids=str)
+def test_the_steps_on_cpu_in_turn_are_a_training_pass(case):
+    check_training_step(backends.CPU, case)
+
+
+@pytest.mark.parametrize("case", [*CASES, *IN_FLOAT64], ids=str)
+def test_the_kernels_for_torch_compile_make_a_training_pass_without_it(case, monkeypatch):
+    monkeypatch.setattr(compiled, "is_available", False)
+    check_training_step(backends.COMPILED, case)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(channels_last=True), Case((70, 40), needs_dy=False)], ids=str)
+def test_the_compiled_steps_in_turn_are_a_training_pass(case):
+    check_training_step(backends.COMPILED, case)
+    check_training_step(backends.COMPILED, case._replace(shape=(9, *case.shape[1:])))
+    assert compiled.is_available
+
+
+def test_sizes_share_one_compilation(monkeypatch):
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counters.clear()
+    for C, sizes in ((5, (4, 6)), (7, (9, 3)), (64, (8, 8))):
+        for N in (2, 5):
+            check_training_step(backends.COMPILED, Case((N, C, *sizes), residual=False, needs_dy=False))
+    assert counters["stats"]["unique_graphs"] == 4  # statistics, output, backward sums, gradient
+
+
+WITHOUT_A_COMPILER = """
+import warnings
+import torch, syncbn
+from syncbn import backends
+x = torch.randn(4, 3, 5, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layers = [syncbn.SyncBatchNorm(3, activation="relu") for _ in range(2)]
+    for layer in layers:
+        layer(x).square().sum().backward()
+print([str(w.message) for w in caught if "syncbn" in str(w.message)])
+assert backends.select(x) is backends.CPU
+expected = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))
+torch.testing.assert_close(layers[0](x), expected)
+"""
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
+    environment = {"SYNCBN_BACKEND": "compiled", "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WITHOUT_A_COMPILER]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("syncbn runs without compiled kernels: torch.compile failed") == 1
+    assert "compiler" in run.stdout
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -34,9 +94,10 @@ def test_the_steps_of_triton_with_tiles_and_offsets_for_large_activations(case, 
 
 
 @pytest.mark.parametrize("mean, std", [(0, 1), (1e2, 1), (1e4, 1), (1, 1e-4), (0, 1e-5), (0.1, 1e-5), (-1e4, 1)])
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["torch", "cpu", "compiled", "triton"])
 def test_the_variance_has_six_digits_at_any_mean_and_scale(name, mean, std, request, device):
-    backend = backends.PLAIN if name == "torch" else request.getfixturevalue("triton_launch")
+    own = {"torch": backends.PLAIN, "cpu": backends.CPU, "compiled": backends.COMPILED}
+    backend = own.get(name) or request.getfixturevalue("triton_launch")
     assert check_variance(backend, mean, std, (6, 3, 31, 30), device if name == "triton" else "cpu") < 1e-6
 
 
@@ -73,27 +134,44 @@ def test_backward_of_triton_takes_over_from_a_forward_pass_in_plain_pytorch(trit
     check_training_step(PlainForward(), Case(), device)
 
 
-def test_parts_cover_the_batch_once_and_stay_small():
-    for shape in [(1000, 64, 8, 8), (3, 2**17), (5, 2**18), (70000, 7)]:
-        x = torch.empty(shape)
-        covered = torch.zeros(shape[0], dtype=torch.int64)
-        for part in torch_ops._parts(x):
-            covered[part] += 1
-            assert x[part].numel() <= max(torch_ops.PART_ELEMENTS, x[0].numel())
-        assert (covered == 1).all()
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1000, 64, 8, 8), (3, 2, 128, 100), (5, 257, 3, 7), (70000, 7, 1, 1), (4099, 1, 1, 2)]
+)
+def test_the_view_on_cpu_has_every_value_once_in_short_runs_of_its_channel(shape, channels_last):
+    x = torch.arange(shape[1], dtype=torch.float64).view(1, -1, 1, 1).expand(shape)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    view = cpu.view_of(x)
+    covered = torch.zeros(view.shape[0], dtype=torch.int64)
+    for part in view.parts():
+        covered[part] += 1
+        assert len(covered[part]) * (1 if view.is_channels_last else 0) <= cpu.MAX_RUN
+    assert (covered == 1).all()
+    flat = view.of(x)
+    assert flat.data_ptr() == x.data_ptr()
+    assert flat.dim() == 2 or flat.shape[2] <= cpu.MAX_RUN
+    channels = view.broadcast(view.spread(torch.arange(shape[1]), x))
+    assert (flat == channels).all()
+    sums = flat.sum([0, *range(2, flat.dim())])
+    torch.testing.assert_close(view.fold(sums), x.sum([0, 2, 3]))
 
 
 def test_every_backend_has_all_steps(triton_launch):
     steps = [name for name in vars(backends.Backend) if not name.startswith("_")]
     assert len(steps) == 7 + 1
-    for backend in (backends.PLAIN, triton_launch):
+    for backend in (backends.PLAIN, backends.CPU, backends.COMPILED, triton_launch):
         assert all(hasattr(backend, step) for step in steps)
 
 
 def test_select_follows_the_environment(monkeypatch, triton_launch):
     x = torch.randn(4, 3)
     monkeypatch.delenv("SYNCBN_BACKEND", raising=False)
+    assert backends.select(x) is backends.CPU
+    assert backends.select(x.to("meta")) is backends.PLAIN
+    monkeypatch.setenv("SYNCBN_BACKEND", "torch")
     assert backends.select(x) is backends.PLAIN
+    monkeypatch.setenv("SYNCBN_BACKEND", "compiled")
+    assert backends.select(x) is backends.COMPILED
     monkeypatch.setenv("SYNCBN_BACKEND", "triton")
     assert backends.select(x) is triton_launch
     for unsupported in (x.double(), torch.randn(4, 6)[:, ::2], torch.randn(4, 2, 3, 5).transpose(1, 2)):
@@ -104,7 +182,9 @@ def test_select_follows_the_environment(monkeypatch, triton_launch):
     ):
         backends.select(x)
     monkeypatch.setenv("SYNCBN_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="expected SYNCBN_BACKEND to be one of auto, torch, triton, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="expected SYNCBN_BACKEND to be one of auto, torch, compiled, triton, got 'cuda'"
+    ):
         backends.select(x)
 
 

@@ -186,9 +186,7 @@ def _elementwise(kernel: Callable[..., Tensor], view: View, operands: tuple[Tens
     assert x is not None
     flat = [None if t is None else _rows(view, like(t, x)) for t in operands]
     result: Tensor = _compiled(kernel, _variant(view, flat, rest))(*flat, *rest)
-    if not view.is_channels_last:
-        return result.view(x.shape)
-    return result.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return result.as_strided(x.shape, x.stride())  # x is dense, and the result has its order
 
 
 def _sums(
@@ -257,7 +255,7 @@ def _compiled(kernel: Callable[..., Any], variant: tuple[Any, ...]) -> Callable[
                 return compiled(*args)
             except Exception as error:
                 is_available = False
-                reason = str(error).strip().split("\n")[0]
+                reason = " ".join(str(error).split("\n")[:2])
                 warnings.warn(f"syncbn runs without compiled kernels: torch.compile failed, {reason}", stacklevel=2)
         return kernel(*args)
 

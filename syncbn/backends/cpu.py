@@ -43,12 +43,11 @@ class View(NamedTuple):
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         """Return (..., C) values for each channel of the view, in the accumulation dtype."""
-        values = values.to(accumulation_dtype(x))
-        if self.repeats == 1:
-            return values
-        if self.is_channels_last:
-            return values[..., None, :].expand(*values.shape[:-1], self.repeats, -1).reshape(*values.shape[:-1], -1)
-        return values[..., None].expand(*values.shape, self.repeats).reshape(*values.shape[:-1], -1)
+        values, shape = values.to(accumulation_dtype(x)), values.shape[:-1]
+        if self.repeats > 1:
+            repeated = values[..., None, :] if self.is_channels_last else values[..., None]
+            values = repeated.expand(*shape, *self._parts_of_channels()).reshape(*shape, -1)
+        return values.contiguous()  # the kernels do not look at strides
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Return `spread` values in the shape that broadcasts over the view."""
@@ -58,8 +57,12 @@ class View(NamedTuple):
         """Return (..., C) sums, float64, over the parts of each true channel."""
         if self.repeats == 1:
             return values.double()
-        parts = (self.repeats, self.num_channels) if self.is_channels_last else (self.num_channels, self.repeats)
-        return values.view(*values.shape[:-1], *parts).sum(-2 if self.is_channels_last else -1, dtype=torch.float64)
+        parts = values.view(*values.shape[:-1], *self._parts_of_channels())
+        return parts.sum(-2 if self.is_channels_last else -1, dtype=torch.float64)
+
+    def _parts_of_channels(self) -> tuple[int, int]:
+        own = (self.num_channels, self.repeats)
+        return own[::-1] if self.is_channels_last else own
 
     def sample_mean(self, x: Tensor) -> Tensor:
         """Return a guess of the mean, (C,) float64."""
