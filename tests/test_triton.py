@@ -27,7 +27,7 @@ def train(sizes: tuple[int, ...], backend: str, dtype: torch.dtype) -> list[dict
     return train_layers(dist.get_rank(), sizes, dtype)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("sizes", [(3, 2), (4, 0), (5,)], ids=str)
 def test_the_layer_computes_on_triton_what_it_computes_in_float64_without(sizes):
     actual = run_ranks(len(sizes), train, sizes, "triton", torch.float32)
@@ -46,7 +46,7 @@ def recompute() -> tuple[float, float]:
     return layer.num_batches_tracked.item(), layer.running_mean[0].item()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
+@pytest.mark.usefixtures("interpreter")
 def test_running_statistics_advance_once_although_a_checkpoint_recomputes():
     assert run_ranks(1, recompute) == [(1, 1.25)]
 
@@ -61,7 +61,7 @@ def refuse() -> str:
     return str(error.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
+@pytest.mark.usefixtures("interpreter")
 def test_a_single_value_over_all_ranks_is_refused_by_all_and_moves_nothing():
     for message in run_ranks(2, refuse):
         assert "expected more than 1 value per channel when training, got 1 over all 2 ranks" in message

@@ -14,10 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import bench_kernels
 import gpu_check
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py itself runs here")
 
-
-@without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_a_dry_run_passes_and_leaves_a_log_a_summary_and_rows(tmp_path, capsys):
     parts = ["environment", "contract", "accuracy", "determinism", "cuda_graph", "benchmark"]
     assert gpu_check.main(["--device", "cpu", "--output", str(tmp_path), "--parts", *parts]) == 0
@@ -33,7 +31,7 @@ def test_a_dry_run_passes_and_leaves_a_log_a_summary_and_rows(tmp_path, capsys):
     assert all(float(row["ms"]) > 0 for row in rows)
 
 
-@without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path, monkeypatch, capsys):
     def broken(device: str) -> str:
         raise AssertionError("expected this")
@@ -46,7 +44,7 @@ def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path, monkeypatch,
     assert "in broken" in (tmp_path / "log.txt").read_text()
 
 
-@without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_without_a_gpu_it_says_so_and_fails(capsys):
     assert gpu_check.main([]) == 2
     assert "expected a CUDA device, got none" in capsys.readouterr().out

@@ -106,9 +106,9 @@ PLAIN = Composed(torch_ops)
 def select(x: Tensor) -> Backend:
     """Return the backend that serves `x`: Triton for CUDA tensors outside of torch.compile, which fuses by itself.
 
-    `SYNCBN_BACKEND` in the environment: `torch` for plain PyTorch everywhere; `triton` to be told where Triton cannot
-    run; `auto`, the default. Triton takes float32 and half precision, contiguous or channels last; the rest is left to
-    plain PyTorch.
+    `SYNCBN_BACKEND` in the environment: `auto`, the default; `torch` for plain PyTorch everywhere; `triton` to be told
+    where Triton cannot run rather than fall back. Triton takes float32 and half precision, contiguous or channels last;
+    the rest is left to plain PyTorch.
 
     Raises:
         ValueError: the variable has another value, or asks for Triton where it is not installed or for tensors that it
@@ -125,6 +125,8 @@ def select(x: Tensor) -> Backend:
         _check_triton_runs(x)
     triton_launch = _triton_launch()
     if triton_launch is None or type(x) not in (Tensor, torch.nn.Parameter) or not triton_launch.supports(x):
+        return PLAIN
+    if choice == "auto" and not triton_launch.can_run(x.device):
         return PLAIN
     return cast(Backend, triton_launch)
 

@@ -4,6 +4,7 @@ Forward reads x twice and writes y, backward reads x and grad_output twice and w
 gradient is computed again in both backward kernels. No value is read back, so a CUDA graph can hold all of it.
 """
 
+import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -48,6 +49,18 @@ class Plan(NamedTuple):
 def supports(x: Tensor) -> bool:
     """Return whether the kernels take x; what they do not, plain PyTorch does."""
     return x.dtype in DTYPES and (x.is_contiguous() or _is_channels_last(x))
+
+
+@lru_cache
+def can_run(device: torch.device) -> bool:
+    """Return whether a kernel can be built and launched there, which takes a C compiler; warn, once, if not."""
+    try:
+        gather_stats(torch.zeros(3, dtype=torch.float64, device=device), None, None, eps=1.0, running=None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        warnings.warn(f"syncbn runs in plain PyTorch on {device}, Triton launches no kernels ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
