@@ -84,3 +84,16 @@ def test_the_summary_states_the_bars():
     lines = bench_kernels.summary([(case, {"kernel": times}), (case, {"kernel": faster})])
     assert lines[0].startswith("kernel: 4.00x torch's SyncBN + ReLU on average, 2.00x at least")
     assert lines[1].startswith("kernel: 90% of the copy's bandwidth at least")
+
+
+def test_tuning_times_every_kernel_by_block_size_and_restores_it(tmp_path, monkeypatch, triton_launch, capsys):
+    monkeypatch.setattr(bench_kernels, "TUNED", [(64, 4, 1), (32, 4, 1)])
+    chosen = triton_launch.TILE_ELEMENTS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = ["--device", device, "--tune", "--shapes", "3x4x5", "--dtypes", "float32", "--rounds", "1"]
+    bench_kernels.run(bench_kernels.parse([*arguments, "--csv", str(tmp_path / "tuned.csv")]))
+    with (tmp_path / "tuned.csv").open() as file:
+        names = {row["candidate"] for row in csv.DictReader(file)}
+    kernels = ("stats", "elemt", "reduce", "backward elemt")
+    assert names == {"copy", *(f"{size}/4/1 {kernel}" for size in (64, 32) for kernel in kernels)}
+    assert chosen == triton_launch.TILE_ELEMENTS

@@ -20,6 +20,7 @@ updates_running = True
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE_ELEMENTS = 4096  # 16 per thread: two to four accesses of 16 bytes; half of it where accesses are narrow
 TILE_WARPS = 8
+TILE_STAGES = 1  # tiles on their way through shared memory; 1: straight into registers
 ALIGNS = (8, 4, 2, 1)  # values per access; with channels next to each other 4 at most, as each has its coefficients
 NARROW = 4
 MIN_ROW = 128  # positions of a channel that a tile takes at least where it could take more
@@ -219,6 +220,7 @@ def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -
         "INT64": N * C * S + TILE_ELEMENTS * max(C, S) >= INT32_OFFSETS,  # some past the end are computed, not used
         "BLOCK_C": block_c,
         "BLOCK_S": block_s,
+        "STAGES": TILE_STAGES,
         "num_warps": TILE_WARPS,
     }
     return Plan(
