@@ -67,6 +67,21 @@ def test_a_single_value_over_all_ranks_is_refused_by_all_and_moves_nothing():
         assert "expected more than 1 value per channel when training, got 1 over all 2 ranks" in message
 
 
+@pytest.mark.usefixtures("interpreter")
+def test_per_channel_tensors_may_be_columns_of_a_larger_one(monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", "triton")
+    x, grad_output = torch.randn(2, 6, 5, 4)
+    columns, parameters = torch.rand(2, 5, 2)
+    results = []
+    for as_columns in (lambda t: t.clone().unbind(1), lambda t: t.clone().t().contiguous()):
+        (running_mean, running_var), (weight, bias) = as_columns(columns), as_columns(parameters)
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        y = syncbn.sync_batch_norm(leaves[0], running_mean, running_var, *leaves[1:], training=True, activation="relu")
+        results.append([y.detach(), running_mean, running_var, *torch.autograd.grad(y, leaves, grad_output)])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(results[0][1], columns[:, 0])
+
+
 @pytest.fixture
 def without_data(monkeypatch):
     """Tensors without data go to Triton, whose launches are recorded; a group of two ranks whose all-reduce is none."""

@@ -320,6 +320,7 @@ def _finish_arguments(
     eps: float,
     running: Running | None,
 ) -> tuple[tuple[Any, ...], bool]:
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
     parameters = (statistics, coefficients, weight, bias)
     if running is None:
         return (*parameters, None, None, None, eps, 0.0), False
