@@ -25,7 +25,7 @@ ALIGNS = (8, 4, 2, 1)  # values per access; with channels next to each other 4 a
 NARROW = 4
 MIN_ROW = 128  # positions of a channel that a tile takes at least where it could take more
 MAX_IDLE = 1.15  # lanes per value that a block size may cost to be preferred over a smaller one
-MERGE_ELEMENTS = 1024
+MERGE_ELEMENTS, MERGE_MIN_SPLITS = 1024, 128
 CHANNELS_PER_PROGRAM = 256  # in gather_stats_kernel
 
 # Per multiprocessor, which holds about four of these programs at a time.
@@ -154,7 +154,7 @@ def backward_reduce(
             *plan.sizes, plan.reduce_tiles,
             ACTIVATION=activation, **plan.constexprs,
         )  # fmt: skip
-        grid, blocks = _merge_blocks(C)
+        grid, blocks = _merge_blocks(C, splits)
         _launch(
             triton_kernels.merge_sums_kernel,
             grid,
@@ -293,7 +293,7 @@ def _merge_stats(x: Tensor, mask: Tensor | None, *arguments: Any) -> None:
         **plan.constexprs,
     )  # fmt: skip
     packed, *parameters, is_cumulative = arguments
-    grid, blocks = _merge_blocks(C)
+    grid, blocks = _merge_blocks(C, splits)
     _launch(
         triton_kernels.merge_stats_kernel,
         grid,
@@ -301,10 +301,14 @@ def _merge_stats(x: Tensor, mask: Tensor | None, *arguments: Any) -> None:
     )  # fmt: skip
 
 
-def _merge_blocks(C: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written."""
-    block_c = min(triton.next_power_of_2(C), 8)
-    return (triton.cdiv(C, block_c), 1), (block_c, MERGE_ELEMENTS // block_c)
+def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written.
+
+    The more there is to merge for a channel, the fewer channels a program takes: nobody works while it runs.
+    """
+    block_k = min(max(triton.next_power_of_2(splits), MERGE_MIN_SPLITS), MERGE_ELEMENTS)
+    block_c = min(triton.next_power_of_2(C), MERGE_ELEMENTS // block_k)
+    return (triton.cdiv(C, block_c), 1), (block_c, block_k)
 
 
 def _per_channel_buffers(C: int, device: torch.device) -> tuple[Tensor, Tensor]:
