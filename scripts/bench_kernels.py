@@ -45,7 +45,9 @@ MAX_ERROR = 1e-4
 FLUSH_BYTES = 2**28
 TENSORS_MOVED = 8  # activations read and written: 3 forward, 5 backward
 COMPILE_SHARE = 0.6  # of the time budget, after which torch.compile is left out: 32 cases compile for minutes
-TUNED = [(4096, 8), (2048, 8), (2048, 4), (8192, 8), (1024, 4)]  # TILE_ELEMENTS, TILE_WARPS
+TUNED = [  # TILE_ELEMENTS, TILE_WARPS, TILE_STAGES
+    (4096, 8, 1), (2048, 8, 1), (2048, 4, 1), (8192, 8, 1), (4096, 4, 1), (4096, 8, 3), (2048, 8, 3), (2048, 4, 4),
+]  # fmt: skip
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 
@@ -251,19 +253,39 @@ def measure(case: Case, device: str, rounds: int, *, with_compile: bool) -> dict
 
 
 def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds of our kernels by block size."""
+    """Return milliseconds of each of our kernels (with its merge) by block size."""
     x, grad_output = case.tensors(device)
-    chosen = triton_launch.TILE_ELEMENTS, triton_launch.TILE_WARPS
-    replays: dict[str, Callable[[], Any]] = {COPY: candidates(x, grad_output, with_compile=False)[COPY]}
+    names = ("TILE_ELEMENTS", "TILE_WARPS", "TILE_STAGES")
+    chosen = [getattr(triton_launch, name) for name in names]
+    steps: dict[str, Step] = {COPY: candidates(x, grad_output, with_compile=False)[COPY]}
+    extras: dict[str, Any] = {"residual": None, "mask": None, "activation": "relu"}
+    dtypes: dict[str, Any] = {"weight_dtype": torch.float32, "bias_dtype": torch.float32, "needs_dy": False}
+    replays: dict[str, Callable[[], Any]] = {}
     try:
-        for elements, warps in TUNED:
-            triton_launch.TILE_ELEMENTS, triton_launch.TILE_WARPS = elements, warps
-            triton_launch.plan.cache_clear()
-            step = _our_sequence(x, grad_output)
-            check({"ours": step}, x, grad_output)
-            replays[f"ours {elements}/{warps}"] = step if device == "cpu" else captured(step)
+        for setting in (None, *TUNED):
+            if setting is not None:
+                for name, value in zip(names, setting, strict=True):
+                    setattr(triton_launch, name, value)
+                triton_launch.plan.cache_clear()
+                check({"ours": _our_sequence(x, grad_output)}, x, grad_output)
+                count, _, channels = triton_launch.own_stats(x, None, None, None, eps=EPS, running=None)
+                sums = triton_launch.backward_reduce(grad_output, x, channels, **extras, **dtypes).sums
+                total: dict[str, Any] = {"dy": None, "count": count, "sums": sums}
+                label = "/".join(map(str, setting))
+                steps = {
+                    f"{label} stats": lambda: triton_launch.pack_stats(x, None),
+                    f"{label} elemt": lambda c=channels: triton_launch.elemt(x, c, **extras),
+                    f"{label} reduce": lambda c=channels: triton_launch.backward_reduce(
+                        grad_output, x, c, **extras, **dtypes
+                    ),
+                    f"{label} backward elemt": lambda c=channels, t=total: triton_launch.backward_elemt(
+                        grad_output, x, c, **extras, **t
+                    ),
+                }
+            replays |= {name: step if device == "cpu" else captured(step) for name, step in steps.items()}
     finally:
-        triton_launch.TILE_ELEMENTS, triton_launch.TILE_WARPS = chosen
+        for name, value in zip(names, chosen, strict=True):
+            setattr(triton_launch, name, value)
         triton_launch.plan.cache_clear()
     return {"kernel": milliseconds(replays, device, rounds)}
 

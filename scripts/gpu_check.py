@@ -5,7 +5,8 @@
     TRITON_INTERPRET=1 python scripts/gpu_check.py --device cpu --output /tmp/dry       # what needs no GPU, tiny
 
 Every part runs in a process of its own, so that one that breaks the device does not take the others along. The
-directory receives log.txt, summary.md, results.json and kernels_gpu.csv. The exit status is 0 if no part has failed.
+directory receives log.txt, summary.md, results.json and kernels_gpu.csv; parts of several calls add up there. The exit
+status is 0 if no part of this call has failed.
 Needs torch and Triton; neither Hydra nor pytest nor an installed package.
 
 Last answer: not yet run on a GPU.
@@ -14,6 +15,7 @@ Last answer: not yet run on a GPU.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +48,7 @@ from syncbn.backends import triton_launch  # noqa: E402
 MARK = "RESULT "
 LIMITS_S = {"contract": 420, "large": 300, "sanitizer": 400, "compile": 240, "benchmark": 540}
 LIMIT_S = 180
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 LARGE_BYTES = 60e9
 
 
@@ -65,11 +68,10 @@ def environment(device: str) -> str:
 def contract_of_the_steps(device: str) -> str:
     """The contract test, then larger activations in every dtype and layout, with the real block sizes."""
     cases = list(contract.CASES)
-    for shape in ((16, 96, 28, 28), (64, 37, 7, 7), (5, 130, 33, 31), (300, 257), (3, 24, 9, 10, 11), (40, 2048, 2, 3)):
-        for index, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
-            for channels_last in (False, True):
-                activation = ("relu", "silu", "leaky_relu", "identity")[(index + channels_last) % 4]
-                cases.append(Case(shape, dtype, channels_last, activation, mask=index == 1, residual=index != 0))
+    shapes = ((16, 96, 28, 28), (64, 37, 7, 7), (5, 130, 33, 31), (300, 257), (3, 24, 9, 10, 11), (40, 2048, 2, 3))
+    for turn, (shape, (index, dtype)) in enumerate(itertools.product(shapes, enumerate(HALF_AND_SINGLE))):
+        activation = ("relu", "silu", "leaky_relu", "identity")[turn % 4]
+        cases.append(Case(shape, dtype, turn % 2 == 0, activation, mask=index == 1, residual=index != 0))
     if device == "cpu":
         cases = contract.CASES[:2]
     failures = []
@@ -420,16 +422,19 @@ def main(arguments: list[str] | None = None) -> int:
         return int(result["status"] == "FAIL")
 
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    known = OUTPUT / "results.json"
+    earlier = json.loads(known.read_text()) if known.exists() else []
     results: list[dict[str, Any]] = []
-    with (OUTPUT / "log.txt").open("w") as log:
+    with (OUTPUT / "log.txt").open("a") as log:
         for name in options.parts:
             result, output = (run_apart if options.device == "cuda" else run_here)(name, options.device)
             results.append(result)
             log.write(f"===== {name}\n{output}\n{json.dumps(result)}\n")
             log.flush()
             print(f"{result['status']:5}{name:20}{result['seconds']:7.1f} s  {result['text']}", flush=True)
-            (OUTPUT / "results.json").write_text(json.dumps(results, indent=1))
-            (OUTPUT / "summary.md").write_text(_table(results))
+            kept = [result for result in earlier if result["part"] not in {own["part"] for own in results}]
+            known.write_text(json.dumps([*kept, *results], indent=1))
+            (OUTPUT / "summary.md").write_text(_table([*kept, *results]))
     return int(any(result["status"] == "FAIL" for result in results))
 
 

@@ -116,7 +116,7 @@ def normalize(
     record = checks.announce(x, needs_grad, process_group)
     try:
         check()
-        is_fused = backends.select(x).updates_running
+        updates_running = backends.select(x).updates_running
     except Exception:
         channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
         collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
@@ -125,6 +125,7 @@ def normalize(
     if at_most_one and x.numel() > 0 and group_size(process_group) == 1:
         _raise_on_every_rank(1, x, process_group)
     running = None if is_recomputing() else running
+    is_fused = updates_running and running is not None and running.mean.is_contiguous() and running.var.is_contiguous()
     y, count, mean, var = SyncBatchNormFunction.apply(
         x, weight, bias, residual, mask, eps, activation, process_group, record, running if is_fused else None
     )

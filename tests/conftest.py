@@ -2,6 +2,7 @@
 
 import os
 
+import numpy
 import pytest
 import torch
 
@@ -26,8 +27,21 @@ def device() -> str:
 
 
 @pytest.fixture
-def triton_launch():
+def interpreter(device):
+    """Kernels run on the CPU."""
+    triton = pytest.importorskip("triton")
+    if device == "cuda":
+        pytest.skip("scripts/gpu_check.py checks this on CUDA")
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 7) and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 needs numpy before 2.4")
+
+
+@pytest.fixture
+def triton_launch(request, device):
     """The Triton backend, where it can run."""
+    if device == "cpu":
+        request.getfixturevalue("interpreter")
     pytest.importorskip("triton")
     from syncbn.backends import triton_launch
 
@@ -40,6 +54,9 @@ def small_tiles(triton_launch, monkeypatch):
     monkeypatch.setattr(triton_launch, "TILE_ELEMENTS", 64)
     monkeypatch.setattr(triton_launch, "MIN_ROW", 8)
     monkeypatch.setattr(triton_launch, "REDUCE_MIN_TILES", 3)
+    monkeypatch.setattr(triton_launch, "MERGE_ELEMENTS", 8)
+    monkeypatch.setattr(triton_launch, "MERGE_MIN_SPLITS", 2)
+    monkeypatch.setattr(triton_launch, "CHANNELS_PER_PROGRAM", 4)
     monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 1)
     triton_launch.plan.cache_clear()
     yield triton_launch

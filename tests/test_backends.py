@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -186,6 +187,24 @@ def test_select_follows_the_environment(monkeypatch, triton_launch):
         ValueError, match="expected SYNCBN_BACKEND to be one of auto, torch, compiled, triton, got 'cuda'"
     ):
         backends.select(x)
+
+
+def test_where_triton_cannot_launch_it_says_so_once(triton_launch, monkeypatch, device):
+    def fail(*arguments, **constexprs):
+        raise RuntimeError("Failed to find C compiler.\nInstall one.")
+
+    triton_launch.can_run.cache_clear()
+    assert triton_launch.can_run(torch.device(device))
+    triton_launch.can_run.cache_clear()
+    monkeypatch.setattr(triton_launch, "_launch", fail)
+    with pytest.warns(
+        UserWarning, match=r"runs in plain PyTorch on \w+, Triton launches no kernels \(RuntimeError: Fail"
+    ):
+        assert not triton_launch.can_run(torch.device(device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not triton_launch.can_run(torch.device(device))
+    triton_launch.can_run.cache_clear()
 
 
 def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says_so(monkeypatch):

@@ -27,7 +27,7 @@ def train(sizes: tuple[int, ...], backend: str, dtype: torch.dtype) -> list[dict
     return train_layers(dist.get_rank(), sizes, dtype)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("sizes", [(3, 2), (4, 0), (5,)], ids=str)
 def test_the_layer_computes_on_triton_what_it_computes_in_float64_without(sizes):
     actual = run_ranks(len(sizes), train, sizes, "triton", torch.float32)
@@ -46,7 +46,7 @@ def recompute() -> tuple[float, float]:
     return layer.num_batches_tracked.item(), layer.running_mean[0].item()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
+@pytest.mark.usefixtures("interpreter")
 def test_running_statistics_advance_once_although_a_checkpoint_recomputes():
     assert run_ranks(1, recompute) == [(1, 1.25)]
 
@@ -61,10 +61,25 @@ def refuse() -> str:
     return str(error.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py runs the layer on CUDA")
+@pytest.mark.usefixtures("interpreter")
 def test_a_single_value_over_all_ranks_is_refused_by_all_and_moves_nothing():
     for message in run_ranks(2, refuse):
         assert "expected more than 1 value per channel when training, got 1 over all 2 ranks" in message
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_per_channel_tensors_may_be_columns_of_a_larger_one(monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", "triton")
+    x, grad_output = torch.randn(2, 6, 5, 4)
+    columns, parameters = torch.rand(2, 5, 2)
+    results = []
+    for as_columns in (lambda t: t.clone().unbind(1), lambda t: t.clone().t().contiguous()):
+        (running_mean, running_var), (weight, bias) = as_columns(columns), as_columns(parameters)
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        y = syncbn.sync_batch_norm(leaves[0], running_mean, running_var, *leaves[1:], training=True, activation="relu")
+        results.append([y.detach(), running_mean, running_var, *torch.autograd.grad(y, leaves, grad_output)])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(results[0][1], columns[:, 0])
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import bench_kernels
 import gpu_check
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check.py itself runs here")
 
-
-@without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_a_dry_run_passes_and_leaves_a_log_a_summary_and_rows(tmp_path, capsys):
     parts = ["environment", "contract", "accuracy", "determinism", "cuda_graph", "benchmark"]
     assert gpu_check.main(["--device", "cpu", "--output", str(tmp_path), "--parts", *parts]) == 0
@@ -33,20 +31,24 @@ def test_a_dry_run_passes_and_leaves_a_log_a_summary_and_rows(tmp_path, capsys):
     assert all(float(row["ms"]) > 0 for row in rows)
 
 
-@without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path, monkeypatch, capsys):
     def broken(device: str) -> str:
         raise AssertionError("expected this")
 
     monkeypatch.setitem(gpu_check.PARTS, "contract", broken)
-    assert gpu_check.main(["--device", "cpu", "--output", str(tmp_path), "--parts", "contract", "environment"]) == 1
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [result["status"] for result in results] == ["FAIL", "pass"]
-    assert results[0]["text"] == "AssertionError: expected this"
+    arguments = ["--device", "cpu", "--output", str(tmp_path), "--parts"]
+    assert gpu_check.main([*arguments, "environment"]) == 0
+    assert gpu_check.main([*arguments, "contract", "nccl"]) == 1
+    results = json.loads((tmp_path / "results.json").read_text())  # of both calls
+    assert [(result["part"], result["status"]) for result in results] == [
+        ("environment", "pass"), ("contract", "FAIL"), ("nccl", "skip"),
+    ]  # fmt: skip
+    assert results[1]["text"] == "AssertionError: expected this"
     assert "in broken" in (tmp_path / "log.txt").read_text()
 
 
-@without_gpu
+@pytest.mark.usefixtures("interpreter")
 def test_without_a_gpu_it_says_so_and_fails(capsys):
     assert gpu_check.main([]) == 2
     assert "expected a CUDA device, got none" in capsys.readouterr().out
@@ -86,3 +88,16 @@ def test_the_summary_states_the_bars():
     lines = bench_kernels.summary([(case, {"kernel": times}), (case, {"kernel": faster})])
     assert lines[0].startswith("kernel: 4.00x torch's SyncBN + ReLU on average, 2.00x at least")
     assert lines[1].startswith("kernel: 90% of the copy's bandwidth at least")
+
+
+def test_tuning_times_every_kernel_by_block_size_and_restores_it(tmp_path, monkeypatch, triton_launch, capsys):
+    monkeypatch.setattr(bench_kernels, "TUNED", [(64, 4, 1), (32, 4, 1)])
+    chosen = triton_launch.TILE_ELEMENTS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = ["--device", device, "--tune", "--shapes", "3x4x5", "--dtypes", "float32", "--rounds", "1"]
+    bench_kernels.run(bench_kernels.parse([*arguments, "--csv", str(tmp_path / "tuned.csv")]))
+    with (tmp_path / "tuned.csv").open() as file:
+        names = {row["candidate"] for row in csv.DictReader(file)}
+    kernels = ("stats", "elemt", "reduce", "backward elemt")
+    assert names == {"copy", *(f"{size}/4/1 {kernel}" for size in (64, 32) for kernel in kernels)}
+    assert chosen == triton_launch.TILE_ELEMENTS

@@ -114,9 +114,9 @@ def select(x: Tensor) -> Backend:
     """Return the backend that serves `x` outside of torch.compile, which fuses the plain one by itself.
 
     `SYNCBN_BACKEND` in the environment: `auto`, the default, for ATen's kernels on CPU and Triton on CUDA; `compiled`
-    for kernels of torch.compile on CPU; `torch` for plain operations everywhere; `triton` to be told where that cannot
-    run. Triton takes float32 and half precision, contiguous or channels last; the rest is left to
-    plain PyTorch.
+    for kernels of torch.compile on CPU; `torch` for plain operations everywhere; `triton` to be told where Triton
+    cannot run rather than fall back. Triton takes float32 and half precision, contiguous or channels last; the rest is
+    left to plain PyTorch.
 
     Raises:
         ValueError: the variable has another value, or asks for Triton where it is not installed or for tensors that it
@@ -137,6 +137,8 @@ def select(x: Tensor) -> Backend:
         _check_triton_runs(x)
     triton_launch = _triton_launch()
     if triton_launch is None or type(x) not in (Tensor, torch.nn.Parameter) or not triton_launch.supports(x):
+        return PLAIN
+    if choice == "auto" and not triton_launch.can_run(x.device):
         return PLAIN
     return cast(Backend, triton_launch)
 

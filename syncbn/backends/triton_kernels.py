@@ -37,6 +37,7 @@ def stats_kernel(
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write the count and the sums of this program's tiles about a pivot, the mean of the first of them.
 
@@ -50,7 +51,7 @@ def stats_kernel(
     pivot = tl.zeros((BLOCK_C,), tl.float32)
     offset = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     square = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, valid = _positions(tile, s_blocks, mask_ptr, S, BLOCK_S)
         offsets = _offsets(n, c, s, C, S, CHANNELS_LAST)
         x = tl.load(x_ptr + offsets, mask=inside[:, None] & valid[None, :], other=0).to(tl.float32)
@@ -176,6 +177,7 @@ def elemt_kernel(
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write the output."""
     C, S = C_units * ALIGN_C, S_units * ALIGN_S
@@ -184,7 +186,7 @@ def elemt_kernel(
     scale = tl.load(coefficients_ptr + 3 * C + c, mask=inside, other=0)[:, None]
     shift = tl.load(coefficients_ptr + 4 * C + c, mask=inside, other=0)[:, None]
     first, last, s_blocks = _tiles(_reversed(), N, S, tiles_per_program, INT64, BLOCK_S)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, valid = _positions(tile, s_blocks, mask_ptr, S, BLOCK_S)
         offsets = _offsets(n, c, s, C, S, CHANNELS_LAST)
         readable = inside[:, None] & valid[None, :]
@@ -218,6 +220,7 @@ def backward_reduce_kernel(
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write both sums over this program's tiles."""
     C, S = C_units * ALIGN_C, S_units * ALIGN_S
@@ -229,7 +232,7 @@ def backward_reduce_kernel(
     first, last, s_blocks = _tiles(split, N, S, tiles_per_program, INT64, BLOCK_S)
     sum_dy = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     sum_dy_xmu = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, valid = _positions(tile, s_blocks, mask_ptr, S, BLOCK_S)
         offsets = _offsets(n, c, s, C, S, CHANNELS_LAST)
         readable = inside[:, None] & valid[None, :]
@@ -309,6 +312,7 @@ def backward_elemt_kernel(
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write the gradient of x."""
     C, S = C_units * ALIGN_C, S_units * ALIGN_S
@@ -325,7 +329,7 @@ def backward_elemt_kernel(
     slope = -scale * invstd * (invstd * mean_dy_xmu)
     level = slope * rest - scale * mean_dy
     first, last, s_blocks = _tiles(_reversed(), N, S, tiles_per_program, INT64, BLOCK_S)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, valid = _positions(tile, s_blocks, mask_ptr, S, BLOCK_S)
         offsets = _offsets(n, c, s, C, S, CHANNELS_LAST)
         readable = inside[:, None] & valid[None, :]

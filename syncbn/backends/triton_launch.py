@@ -4,6 +4,7 @@ Forward reads x twice and writes y, backward reads x and grad_output twice and w
 gradient is computed again in both backward kernels. No value is read back, so a CUDA graph can hold all of it.
 """
 
+import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,11 +20,12 @@ updates_running = True
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE_ELEMENTS = 4096  # 16 per thread: two to four accesses of 16 bytes; half of it where accesses are narrow
 TILE_WARPS = 8
+TILE_STAGES = 1  # tiles on their way through shared memory; 1: straight into registers
 ALIGNS = (8, 4, 2, 1)  # values per access; with channels next to each other 4 at most, as each has its coefficients
 NARROW = 4
 MIN_ROW = 128  # positions of a channel that a tile takes at least where it could take more
 MAX_IDLE = 1.15  # lanes per value that a block size may cost to be preferred over a smaller one
-MERGE_ELEMENTS = 1024
+MERGE_ELEMENTS, MERGE_MIN_SPLITS = 1024, 128
 CHANNELS_PER_PROGRAM = 256  # in gather_stats_kernel
 
 # Per multiprocessor, which holds about four of these programs at a time.
@@ -48,6 +50,18 @@ class Plan(NamedTuple):
 def supports(x: Tensor) -> bool:
     """Return whether the kernels take x; what they do not, plain PyTorch does."""
     return x.dtype in DTYPES and (x.is_contiguous() or _is_channels_last(x))
+
+
+@lru_cache
+def can_run(device: torch.device) -> bool:
+    """Return whether a kernel can be built and launched there, which takes a C compiler; warn, once, if not."""
+    try:
+        gather_stats(torch.zeros(3, dtype=torch.float64, device=device), None, None, eps=1.0, running=None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        warnings.warn(f"syncbn runs in plain PyTorch on {device}, Triton launches no kernels ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,7 +154,7 @@ def backward_reduce(
             *plan.sizes, plan.reduce_tiles,
             ACTIVATION=activation, **plan.constexprs,
         )  # fmt: skip
-        grid, blocks = _merge_blocks(C)
+        grid, blocks = _merge_blocks(C, splits)
         _launch(
             triton_kernels.merge_sums_kernel,
             grid,
@@ -207,6 +221,7 @@ def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -
         "INT64": N * C * S + TILE_ELEMENTS * max(C, S) >= INT32_OFFSETS,  # some past the end are computed, not used
         "BLOCK_C": block_c,
         "BLOCK_S": block_s,
+        "STAGES": TILE_STAGES,
         "num_warps": TILE_WARPS,
     }
     return Plan(
@@ -279,7 +294,7 @@ def _merge_stats(x: Tensor, mask: Tensor | None, *arguments: Any) -> None:
         **plan.constexprs,
     )  # fmt: skip
     packed, *parameters, is_cumulative = arguments
-    grid, blocks = _merge_blocks(C)
+    grid, blocks = _merge_blocks(C, splits)
     _launch(
         triton_kernels.merge_stats_kernel,
         grid,
@@ -287,10 +302,14 @@ def _merge_stats(x: Tensor, mask: Tensor | None, *arguments: Any) -> None:
     )  # fmt: skip
 
 
-def _merge_blocks(C: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written."""
-    block_c = min(triton.next_power_of_2(C), 8)
-    return (triton.cdiv(C, block_c), 1), (block_c, MERGE_ELEMENTS // block_c)
+def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written.
+
+    The more there is to merge for a channel, the fewer channels a program takes: nobody works while it runs.
+    """
+    block_k = min(max(triton.next_power_of_2(splits), MERGE_MIN_SPLITS), MERGE_ELEMENTS)
+    block_c = min(triton.next_power_of_2(C), MERGE_ELEMENTS // block_k)
+    return (triton.cdiv(C, block_c), 1), (block_c, block_k)
 
 
 def _per_channel_buffers(C: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -306,6 +325,7 @@ def _finish_arguments(
     eps: float,
     running: Running | None,
 ) -> tuple[tuple[Any, ...], bool]:
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
     parameters = (statistics, coefficients, weight, bias)
     if running is None:
         return (*parameters, None, None, None, eps, 0.0), False
