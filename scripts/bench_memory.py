@@ -4,8 +4,8 @@
 
 Counted are the different storages that autograd saves, apart from parameters and buffers, in units of the layer's
 input: for the layer alone (its input included), between two convolutions, which keep their inputs anyway, and for a
-whole pre-activation ResNet-50 in float32. Parameters are float32 throughout. Where a residual is added, it is the input of the first convolution. Rows are appended
-to benchmarks/memory.csv. Results: docs/performance.md.
+whole pre-activation ResNet-50 in float32. The normalization's parameters are float32 throughout. Between convolutions
+the residual is the input of the first. Rows are appended to benchmarks/memory.csv. Results: docs/performance.md.
 """
 
 from collections.abc import Callable
