@@ -10,7 +10,10 @@
 
 Each case is checked against the NumPy oracle first. Then all candidates take turns and their medians are compared
 within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
-benchmarks/layer_cpu.csv, verbs_cpu.csv and world_cpu.csv. Results: docs/performance.md.
+benchmarks/layer_cpu.csv, verbs_cpu.csv and world_cpu.csv; tables in docs/performance.md.
+
+Last answer (AMD EPYC, 2 cores under other load, torch 2.14.1, d0f80a2): on 2 ranks 2.2 times local BatchNorm2d + ReLU,
+a gathering layer 3.2, a mean of squares 3.8; 16 % of it in collectives on 2 ranks, 60 % on 8, which share 2 cores.
 """
 
 import argparse
