@@ -138,12 +138,13 @@ class Traffic:
         seconds: until each call returned; waiting for slower ranks is part of it. On an accelerator only enqueued.
     """
 
-    NAMES = ("all_reduce", "all_gather")
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single")
 
     def __enter__(self) -> "Traffic":
         self.sizes: list[int] = []
         self.seconds: list[float] = []
-        self._originals = {name: getattr(dist, name) for name in self.NAMES}
+        self._is_inside = False  # of one of these functions, which may call another
+        self._originals = {name: getattr(dist, name) for name in self.NAMES if hasattr(dist, name)}
         for name, original in self._originals.items():
             setattr(dist, name, self._measured(name, original))
         return self
@@ -154,9 +155,14 @@ class Traffic:
 
     def _measured(self, name: str, original: Callable) -> Callable:
         def measured(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-            self.sizes.append((args[1] if name == "all_gather" else args[0]).nbytes)
-            start = time.perf_counter()
-            work = original(*args, async_op=async_op, **kwargs)
+            if self._is_inside:
+                return original(*args, async_op=async_op, **kwargs)
+            self.sizes.append((args[0] if name == "all_reduce" else args[1]).nbytes)
+            self._is_inside, start = True, time.perf_counter()
+            try:
+                work = original(*args, async_op=async_op, **kwargs)
+            finally:
+                self._is_inside = False
             self.seconds.append(time.perf_counter() - start)
             return _MeasuredWork(work, self.seconds) if async_op else work
 
@@ -216,6 +222,9 @@ def on_ranks(ranks: int, fn: Callable, *args: Any, device: str = "cpu") -> Any:
         ranks: gloo on CPU, NCCL on cuda, where it needs a device for each.
         fn: a module-level function.
     """
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        found = torch.cuda.device_count()
+        raise SystemExit(f"expected a GPU for each of {ranks} ranks, got {found}: lower --ranks or take --device cpu")
     if ranks == 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -223,8 +232,6 @@ def on_ranks(ranks: int, fn: Callable, *args: Any, device: str = "cpu") -> Any:
             return fn(*args)
         finally:
             torch.set_num_threads(threads)
-    if device == "cuda" and torch.cuda.device_count() < ranks:
-        raise SystemExit(f"expected a GPU for each of {ranks} ranks, got {torch.cuda.device_count()}: lower --ranks")
     forkserver.set_forkserver_preload(["torch", "syncbn", "torchvision", "matplotlib.figure", "rich"])
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(

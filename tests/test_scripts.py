@@ -76,6 +76,7 @@ def traffic_of_a_call_that_waits() -> tuple[list[int], list[float]]:
     with common.Traffic() as traffic:
         dist.all_reduce(torch.zeros(5))
         dist.all_gather([torch.zeros(3), torch.zeros(3)], torch.zeros(3))
+        dist.all_gather_into_tensor(torch.zeros(8), torch.zeros(4))
         dist.all_reduce(torch.zeros(2, dtype=torch.float64), async_op=True).wait()
     dist.all_reduce(torch.zeros(7))
     return traffic.sizes, traffic.seconds
@@ -83,8 +84,8 @@ def traffic_of_a_call_that_waits() -> tuple[list[int], list[float]]:
 
 def test_traffic_records_the_bytes_and_the_time_of_each_collective():
     for sizes, seconds in run_ranks(2, traffic_of_a_call_that_waits):
-        assert sizes == [5 * 4, 3 * 4, 2 * 8]
-        assert len(seconds) == 3
+        assert sizes == [5 * 4, 3 * 4, 4 * 4, 2 * 8]
+        assert len(seconds) == 4
         assert min(seconds) > 0
 
 
@@ -149,6 +150,12 @@ def test_bench_model_measures_every_formulation(tmp_path):
     assert found["local BN"]["calls"] == "0"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
+def test_bench_model_says_that_a_gpu_is_missing(tmp_path):
+    with pytest.raises(SystemExit, match="expected a GPU for each of 1 ranks, got 0"):
+        run_script(bench_model.main, tmp_path, "--device", "cuda", "--ranks", "1")
+
+
 def test_bench_model_refuses_a_network_that_computes_something_else():
     with pytest.raises(AssertionError, match="off plain BatchNorm"):
         bench_model.check("wrong", lambda c: torch.nn.BatchNorm2d(c, eps=1e-3), 20, 8, torch.device("cpu"))
@@ -169,7 +176,7 @@ def test_saved_bytes_counts_every_storage_once():
 
 
 def test_parameters_are_not_counted():
-    x = torch.randn(5, 7)
+    x = torch.randn(5, 7, requires_grad=True)  # so that the weight is saved as well
     assert bench_memory.saved_bytes(torch.nn.Linear(7, 3), x) == x.nbytes
 
 
