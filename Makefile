@@ -23,8 +23,12 @@ check: $(READY) ## lint, format check and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## compare the layer with local BatchNorm and other formulations (rows in benchmarks/)
+bench: $(READY) ## measure what synchronization costs on this CPU: rows in benchmarks/, pictures in docs/ (under 10 minutes)
 	$(BIN)/python scripts/bench_layer.py
+	$(BIN)/python scripts/bench_model.py
+	$(BIN)/python scripts/bench_memory.py
+	$(BIN)/python scripts/accuracy_numerics.py
+	$(BIN)/python scripts/scaling_model.py
 
 clean: ## remove the environment, caches and run directories
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache outputs multirun

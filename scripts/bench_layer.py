@@ -1,81 +1,74 @@
-"""What does a layer cost on CPU: ours against local BatchNorm2d + ReLU, which synchronizes nothing?
+"""What does a layer cost on CPU: its verbs, the layer against other formulations, and its share of communication?
 
-    python scripts/bench_layer.py                    # one process, then two gloo ranks; one thread each
-    python scripts/bench_layer.py --ranks 1 --rounds 5
+    python scripts/bench_layer.py                                 # everything: 2 to 3 minutes on 2 cores
+    python scripts/bench_layer.py --parts layer --rounds 5
+    python scripts/bench_layer.py --parts world --ranks 1 2 4 8
 
-Each case is checked against the NumPy oracle first. Then all candidates take turns, forward and backward, and the
-medians are compared within the run; figures of different runs say little on a shared machine. Rows are appended to
-benchmarks/layer_cpu.csv.
+- verbs: each operation of the backend, in units of a copy of the same tensor;
+- layer: forward and backward with a ReLU, in units of local BatchNorm2d + ReLU, which synchronizes nothing;
+- world: one layer by number of ranks, how much of it are collectives, and what each rank hands to them.
+
+Each case is checked against the NumPy oracle first. Then all candidates take turns and their medians are compared
+within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
+benchmarks/layer_cpu.csv, verbs_cpu.csv and world_cpu.csv; tables in docs/performance.md.
+
+Last answer (AMD EPYC, 2 cores under other load, torch 2.14.1, d0f80a2): on 2 ranks 2.2 times local BatchNorm2d + ReLU,
+a gathering layer 3.2, a mean of squares 3.8; 16 % of it in collectives on 2 ranks, 60 % on 8, which share 2 cores.
 """
 
 import argparse
-import csv
-import os
-import platform
 import statistics
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+from common import LOCAL, Traffic
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import syncbn
-from syncbn import reference
+from syncbn import backends, reference
+from syncbn.statistics import Channels, invstd_of
 
 SHAPES = [(32, 64, 32, 32), (32, 256, 16, 16), (8, 64, 56, 56), (64, 512, 7, 7)]
+WORLD_SHAPE = (32, 256, 16, 16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-BASELINE = "torch local BN + ReLU"
-OUTPUT = Path(__file__).parents[1] / "benchmarks" / "layer_cpu.csv"
-
-
-class MeanOfSquares(nn.BatchNorm2d):
-    """SyncBatchNorm as E[x^2] - E[x]^2 through autograd: the formulation that most Python implementations have."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalized input; one differentiable all-reduce of 2C float32 numbers."""
-        moments = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            moments = syncbn.collectives.AllReduce.apply(moments, None) / dist.get_world_size()
-        mean, square = moments.chunk(2)
-        var = square - mean.square()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+CPU = torch.device("cpu")
+Shape = tuple[int, ...]
 
 
 def candidates(num_features: int) -> dict[str, nn.Module]:
-    """Return what is compared, each with the same parameters."""
-    return {
-        BASELINE: nn.Sequential(nn.BatchNorm2d(num_features), nn.ReLU()),
-        "syncbn + ReLU": nn.Sequential(syncbn.SyncBatchNorm(num_features), nn.ReLU()),
-        "syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu"),
-        "mean of squares + ReLU": nn.Sequential(MeanOfSquares(num_features), nn.ReLU()),
+    """Return what is compared, each with a ReLU."""
+    separate: dict[str, nn.Module] = {
+        f"{name} + ReLU": nn.Sequential(norm(num_features), nn.ReLU()) for name, norm in common.NORMS.items()
     }
+    return separate | {"syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu")}
+
+
+def inputs(shape: Shape, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """Return x and grad_output of this rank."""
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    x, grad_output = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    return x, grad_output
 
 
 def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
-    """Compare one step with the oracle on the batch of all ranks; the local baseline with that on its own batch."""
-    parts = [x, grad_output]
-    if dist.is_initialized() and name != BASELINE:
-        gathered = [[torch.empty_like(part) for _ in range(dist.get_world_size())] for part in parts]
-        for part, into in zip(parts, gathered, strict=True):
-            dist.all_gather(into, part.contiguous())
-        parts = [torch.cat(into) for into in gathered]
+    """Compare one step with the oracle on the batch of all ranks; local layers with that on their own batch.
+
+    Raises:
+        AssertionError: the layer computes something else; a benchmark of it would mean nothing.
+    """
+    is_local = name.startswith(LOCAL)
+    x_all, grad_all = (part if is_local else common.whole_batch(part) for part in (x, grad_output))
     leaf = x.detach().requires_grad_()
     y = layer(leaf)
     y.backward(grad_output)
-    whole, whole_grad = (part.double().numpy() for part in parts)
+    whole = x_all.double().numpy()
     z = reference.batch_norm(whole).output
-    gradients = reference.batch_norm_backward(whole_grad * (z > 0), whole)
-    rank = dist.get_rank() if len(z) > len(x) else 0
+    gradients = reference.batch_norm_backward(grad_all.double().numpy() * (z > 0), whole)
+    rank = 0 if len(z) == len(x) else dist.get_rank()
     own = slice(rank * len(x), (rank + 1) * len(x))
     for actual, expected in ((y.detach(), z.clip(0)[own]), (leaf.grad, gradients.grad_input[own])):
         error = abs(actual.double().numpy() - expected).max()
@@ -83,101 +76,171 @@ def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     layer.zero_grad()
 
 
-def milliseconds(step: Callable[[], None]) -> float:
-    """Return the time of one call, started on all ranks together."""
-    if dist.is_initialized():
-        dist.barrier()
-    start = time.perf_counter()
-    step()
-    return (time.perf_counter() - start) * 1e3
+def time_verbs(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of a copy of x and of each verb, on this rank."""
+    x, grad_output = inputs(shape, layout)
+    backend = backends.select(x)
+    count, mean, M2 = backend.batch_norm_stats(x, None)
+    expected = reference.batch_norm(x.double().numpy())
+    assert abs((M2 / count).numpy() / expected.var - 1).max() < 1e-5
+    weight, bias = torch.ones(shape[1]), torch.zeros(shape[1])
+    channels = Channels(mean, invstd_of(M2 / count, 1e-5), weight, bias)
+    sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(grad_output, x, channels, mask=None)
+    relu: dict[str, Any] = {"residual": None, "mask": None, "activation": "relu"}
+    sums: dict[str, Any] = {"mask": None, "count": count, "sum_dy": sum_dy, "sum_dy_xmu": sum_dy_xmu}
+    steps = {
+        "copy": lambda: torch.empty_like(x).copy_(x),
+        "stats": lambda: backend.batch_norm_stats(x, None),
+        "elemt + ReLU": lambda: backend.batch_norm_elemt(x, channels, **relu),
+        "ReLU backward": lambda: backend.batch_norm_activation_backward(grad_output, x, channels, **relu),
+        "backward reduce": lambda: backend.batch_norm_backward_reduce(grad_output, x, channels, mask=None),
+        "backward elemt": lambda: backend.batch_norm_backward_elemt(grad_output, x, channels, **sums),
+    }
+    return common.in_turns(steps, rounds, CPU)
 
 
-def measure(shape: tuple[int, ...], layout: torch.memory_format, rounds: int) -> dict[str, float]:
-    """Return the median time of forward and backward in milliseconds by candidate, taken in turns."""
-    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-    x, grad_output = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+def time_layers(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of forward and backward by candidate."""
+    x, grad_output = inputs(shape, layout)
+    layers = candidates(shape[1])
+    for name, layer in layers.items():
+        check(name, layer, x, grad_output)
+    x.requires_grad_()
+
+    def step(layer: nn.Module) -> None:
+        x.grad = None
+        layer(x).backward(grad_output)
+
+    return common.in_turns({name: lambda layer=layer: step(layer) for name, layer in layers.items()}, rounds, CPU)
+
+
+def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    """Return, by candidate: milliseconds of a step, of its collectives, calls and bytes that this rank hands over."""
+    x, grad_output = inputs(shape, torch.contiguous_format)
     layers = candidates(shape[1])
     for name, layer in layers.items():
         check(name, layer, x, grad_output)
     x.requires_grad_()
     times: dict[str, list[float]] = {name: [] for name in layers}
-    for index in range(rounds + 1):
+    traffic: dict[str, list[Traffic]] = {name: [] for name in layers}
+    for _ in range(rounds + 1):
         for name, layer in layers.items():
             x.grad = None
-            duration = milliseconds(lambda layer=layer: layer(x).backward(grad_output))
-            if index > 0:  # the first round warms up
-                times[name].append(duration)
-    return {name: statistics.median(values) for name, values in times.items()}
+            with Traffic() as record:
+                times[name].append(common.milliseconds(lambda layer=layer: layer(x).backward(grad_output), CPU))
+            traffic[name].append(record)
+    return [
+        {
+            "candidate": name,
+            "ms": statistics.median(times[name][1:]),
+            "collectives_ms": statistics.median(sum(record.seconds) * 1e3 for record in traffic[name][1:]),
+            "calls": len(traffic[name][-1].sizes),
+            "bytes": sum(traffic[name][-1].sizes),
+        }
+        for name in layers
+    ]
 
 
-def run(ranks: int, rounds: int) -> None:
-    """Measure every case, print the ratios and append rows."""
-    console = Console(width=120)
-    head = {
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "ranks": ranks,
-    }
-    table = Table(title=f"forward + backward, float32, {ranks} rank(s), one thread each, {head['torch']}")
-    for column in ("shape per rank", "layout", f"{BASELINE}, ms", *list(candidates(1))[1:]):
-        table.add_column(column, justify="right")
-    rows, ratios = [], []
-    for shape in SHAPES:
-        for name, layout in LAYOUTS.items():
-            found = measure(shape, layout, rounds)
-            ratio = {candidate: value / found[BASELINE] for candidate, value in found.items()}
-            ratios.append(ratio)
-            cells = [f"{ratio[candidate]:.2f}x" for candidate in list(found)[1:]]
-            table.add_row(str(shape), name, f"{found[BASELINE]:.2f}", *cells)
-            for candidate, value in found.items():
-                rows.append({**head, "shape": "x".join(map(str, shape)), "layout": name, "candidate": candidate,
-                             "ms": f"{value:.3f}", "ratio": f"{ratio[candidate]:.3f}"})  # fmt: skip
-    means = [f"{statistics.mean(ratio[c] for ratio in ratios):.2f}x" for c in list(ratios[0])[1:]]
-    table.add_row("mean of ratios", "", "", *means, style="bold")
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        console.print(table)
-        _append(rows)
+def for_each_case(measure: Any, shapes: list[Shape], rounds: int) -> list[tuple[Shape, str, dict[str, float]]]:
+    """Return what `measure` finds for each shape and layout."""
+    return [(shape, name, measure(shape, layout, rounds)) for shape in shapes for name, layout in LAYOUTS.items()]
 
 
-def _append(rows: list[dict]) -> None:
-    OUTPUT.parent.mkdir(exist_ok=True)
-    is_new = not OUTPUT.exists()
-    with OUTPUT.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+def report_cases(title: str, cases: list, unit: str, path: Path, ranks: int) -> None:
+    """Print the ratios to the time of `unit`, with their mean, and append rows."""
+    names = [name for name in cases[0][2] if name != unit]
+    ratios = [{name: found[name] / found[unit] for name in names} for _, _, found in cases]
+    table = [
+        [_text(shape), layout, f"{found[unit]:.2f}", *(f"{ratio[name]:.2f}x" for name in names)]
+        for (shape, layout, found), ratio in zip(cases, ratios, strict=True)
+    ]
+    table.append(["mean", "", "", *(f"{statistics.mean(r[name] for r in ratios):.2f}x" for name in names)])
+    common.print_table(title, ["shape per rank", "layout", f"{unit}, ms", *names], table)
+    common.append_rows(
+        path,
+        [
+            {**common.head(), "ranks": ranks, "shape": _text(shape), "layout": layout, "candidate": name,
+             "ms": ms, "ratio": ms / found[unit]}
+            for shape, layout, found in cases for name, ms in found.items()
+        ],
+    )  # fmt: skip
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+def report_traffic(shape: Shape, by_ranks: dict[int, list[dict[str, Any]]], path: Path) -> None:
+    """Print the layer by number of ranks and append rows."""
+    rows = [{**common.head(), "ranks": ranks, "shape": _text(shape), **found}
+            for ranks, all_found in by_ranks.items() for found in all_found]  # fmt: skip
+    table = [
+        [r["candidate"], str(r["ranks"]), f"{r['ms']:.1f}", f"{r['collectives_ms'] / r['ms']:.0%}", str(r["calls"]),
+         str(r["bytes"])]
+        for r in sorted(rows, key=lambda r: list(candidates(1)).index(r["candidate"]))
+    ]  # fmt: skip
+    columns = ["candidate", "ranks", "ms", "in collectives", "calls", "bytes per rank"]
+    common.print_table(f"one layer, forward + backward, {_text(shape)} per rank", columns, table)
+    common.append_rows(path, rows)
 
 
-def _run_rank(rank: int, ranks: int, store: str, rounds: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    run(ranks, rounds)
-    dist.barrier()
-    dist.destroy_process_group()
+def draw(cases: dict[int, list], by_ranks: dict[int, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the mean ratio to the local layer, and time by ranks split into collectives and the rest."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    unit, width = f"{LOCAL} + ReLU", 0.8 / len(cases)
+    names = [name for name in candidates(1) if name != unit]
+    for index, (ranks, found) in enumerate(cases.items()):
+        means = [statistics.mean(times[name] / times[unit] for *_, times in found) for name in names]
+        positions = [place + (index - (len(cases) - 1) / 2) * width for place in range(len(names))]
+        left.barh(positions, means, width, color=common.COLOURS[index], label=f"{ranks} rank{'s' * (ranks > 1)}")
+    left.set(title="One layer, mean over shapes and layouts", xlabel=f"time / ({unit})", yticks=range(len(names)))
+    left.set_yticklabels(names)
+    left.invert_yaxis()
+    left.axvline(1, color="black", linewidth=0.8)
+    left.legend(frameon=False)
+    columns = list(candidates(1))
+    width = 0.8 / len(columns)
+    for index, name in enumerate(columns):
+        found = [next(f for f in all_found if f["candidate"] == name) for all_found in by_ranks.values()]
+        positions = [place + (index - (len(columns) - 1) / 2) * width for place in range(len(found))]
+        own = [f["ms"] - f["collectives_ms"] for f in found]
+        right.bar(positions, own, width, color=common.COLOURS[index], label=name)
+        right.bar(positions, [f["collectives_ms"] for f in found], width, own, color=common.COLOURS[index], alpha=0.4)
+    right.set(title="By number of ranks; pale: in collectives", xlabel="ranks", ylabel="ms, forward + backward")
+    right.set_xticks(range(len(by_ranks)), [str(ranks) for ranks in by_ranks])
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        common.tidy(axes)
+    common.save(figure, path)
 
 
-def main() -> None:
-    """Measure with each number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for ranks in arguments.ranks:
-        if ranks == 1:
-            run(1, arguments.rounds)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(
-                    _run_rank, (ranks, f"{folder}/store", arguments.rounds), nprocs=ranks, join=True
-                )
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the parts that were asked for."""
+    parser = common.parser(__doc__, "layer_cpu")
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("--parts", nargs="+", choices=["verbs", "layer", "world"], default=["verbs", "layer", "world"])
+    parser.add_argument("--ranks", type=int, nargs="+", help="for layer 1 2, for world 1 2 4 8, unless given")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--shapes", type=common.sizes, nargs="+", default=SHAPES, help="such as 32x64x32x32")
+    parser.add_argument("--world-shape", type=common.sizes, default=WORLD_SHAPE)
+    arguments = parser.parse_args(argv)
+    shapes, rounds, versions = arguments.shapes, arguments.rounds, f"float32, torch {torch.__version__}"
+    cases, by_ranks = {}, {}
+    if "verbs" in arguments.parts:
+        found = common.on_ranks(1, for_each_case, time_verbs, shapes, rounds)
+        report_cases(f"verbs, {versions}", found, "copy", arguments.csv.with_name("verbs_cpu.csv"), 1)
+    if "layer" in arguments.parts:
+        for ranks in arguments.ranks or [1, 2]:
+            cases[ranks] = common.on_ranks(ranks, for_each_case, time_layers, shapes, rounds)
+            title = f"forward + backward, {ranks} rank(s), {versions}"
+            report_cases(title, cases[ranks], f"{LOCAL} + ReLU", arguments.csv, ranks)
+    if "world" in arguments.parts:
+        for ranks in arguments.ranks or [1, 2, 4, 8]:
+            by_ranks[ranks] = common.on_ranks(ranks, measure_traffic, arguments.world_shape, rounds)
+        report_traffic(arguments.world_shape, by_ranks, arguments.csv.with_name("world_cpu.csv"))
+    if cases and by_ranks:
+        draw(cases, by_ranks, arguments.plot)
 
 
 if __name__ == "__main__":

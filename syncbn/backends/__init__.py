@@ -138,7 +138,7 @@ def select(x: Tensor) -> Backend:
     triton_launch = _triton_launch()
     if triton_launch is None or type(x) not in (Tensor, torch.nn.Parameter) or not triton_launch.supports(x):
         return PLAIN
-    if choice == "auto" and not triton_launch.can_run(x.device):
+    if choice != "triton" and not triton_launch.can_run(x.device):
         return PLAIN
     return cast(Backend, triton_launch)
 

@@ -1,0 +1,262 @@
+"""Benchmarks run with small arguments, and their figures are right where they can be known."""
+
+import csv
+import math
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from syncbn import reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # a script finds its neighbours there
+
+import accuracy_numerics
+import bench_layer
+import bench_memory
+import bench_model
+import common
+import scaling_model
+
+
+def run_script(main, tmp_path, *arguments: str) -> list[dict[str, str]]:
+    """Run a script and return the rows it wrote; its picture can be read."""
+    main([*arguments, "--csv", str(tmp_path / "rows.csv"), "--plot", str(tmp_path / "plot.png")])
+    assert matplotlib.image.imread(tmp_path / "plot.png").std() > 0
+    return read_rows(tmp_path / "rows.csv")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- what they share
+
+
+def whole_batch_step(norm: str) -> list[np.ndarray]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    layer = common.NORMS[norm](3).double()
+    torch.nn.init.uniform_(layer.weight, 1, 2, torch.Generator().manual_seed(9))
+    x, grad_output = (torch.randn(4, 3, 5, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(grad_output)
+    parts = [common.whole_batch(part.detach()) for part in (x, grad_output, y, x.grad)]
+    sums = [common.whole_batch(part[None]).sum(0) for part in (layer.weight.grad, layer.bias.grad)]
+    rest = [layer.weight.detach(), layer.running_mean, layer.running_var]
+    return [part.numpy() for part in (*parts, *sums, *rest)]
+
+
+def whole_batch_steps() -> list[list[np.ndarray]]:
+    return [whole_batch_step(norm) for norm in ("all-gather", "mean of squares")]
+
+
+def test_each_baseline_is_batch_normalization_of_the_whole_batch():
+    for found in (step for steps in run_ranks(2, whole_batch_steps) for step in steps):
+        x, grad_output, y, grad_input, grad_weight, grad_bias, weight, running_mean, running_var = found
+        oracle = reference.batch_norm(x, weight=weight)
+        gradients = reference.batch_norm_backward(grad_output, x, weight=weight)
+        running = reference.RunningStats(np.zeros(3), np.ones(3))
+        running = reference.update_running_stats(running, mean=oracle.mean, var=oracle.var, count=oracle.count)
+        np.testing.assert_allclose(y, oracle.output, rtol=0, atol=1e-10)
+        for actual, expected in zip((grad_input, grad_weight, grad_bias), gradients, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(running_mean, running.running_mean, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(running_var, running.running_var, rtol=0, atol=1e-10)
+
+
+def traffic_of_a_call_that_waits() -> tuple[list[int], list[float]]:
+    with common.Traffic() as traffic:
+        dist.all_reduce(torch.zeros(5))
+        dist.all_gather([torch.zeros(3), torch.zeros(3)], torch.zeros(3))
+        dist.all_gather_into_tensor(torch.zeros(8), torch.zeros(4))
+        dist.all_reduce(torch.zeros(2, dtype=torch.float64), async_op=True).wait()
+    dist.all_reduce(torch.zeros(7))
+    return traffic.sizes, traffic.seconds
+
+
+def test_traffic_records_the_bytes_and_the_time_of_each_collective():
+    for sizes, seconds in run_ranks(2, traffic_of_a_call_that_waits):
+        assert sizes == [5 * 4, 3 * 4, 4 * 4, 2 * 8]
+        assert len(seconds) == 4
+        assert min(seconds) > 0
+
+
+def test_in_turns_returns_the_median_of_all_rounds_but_the_first(monkeypatch):
+    durations = iter([100, 100, 5, 1, 1, 1, 3, 9])  # of step a, of step b, and so on
+    monkeypatch.setattr(common, "milliseconds", lambda step, device: next(durations))
+    found = common.in_turns({"a": lambda: None, "b": lambda: None}, 3, torch.device("cpu"))
+    assert found == {"a": 3, "b": 1}
+
+
+def test_rows_are_appended_and_other_columns_refused(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    common.append_rows(path, [{"a": 1, "b": 0.1234567}])
+    common.append_rows(path, [{"a": 2, "b": 3.0}])
+    assert read_rows(path) == [{"a": "1", "b": "0.12346"}, {"a": "2", "b": "3"}]
+    with pytest.raises(SystemExit, match=r"expected the columns \['a', 'c'\] .* got \['a', 'b'\]"):
+        common.append_rows(path, [{"a": 1, "c": 2}])
+
+
+# --- the layer and the model
+
+
+def test_bench_layer_counts_the_bytes_of_the_formula(tmp_path):
+    arguments = ["--rounds", "1", "--ranks", "1", "2", "--shapes", "4x6x3x3", "--world-shape", "4x6x3x3"]
+    rows = run_script(bench_layer.main, tmp_path, *arguments)
+    assert {(row["ranks"], row["layout"]) for row in rows} == {
+        (ranks, layout) for ranks in "12" for layout in bench_layer.LAYOUTS
+    }
+    assert all(float(row["ratio"]) == 1 for row in rows if row["candidate"] == "local BN + ReLU")
+    assert {row["candidate"] for row in read_rows(tmp_path / "verbs_cpu.csv")} > {"copy", "stats", "backward elemt"}
+    found = {(r["candidate"], r["ranks"]): r for r in read_rows(tmp_path / "world_cpu.csv")}
+    expected = {
+        "local BN + ReLU": (0, 0),
+        "syncbn + ReLU": (2, 8 * (2 * 6 + 1) + 8 * 2 * 6),
+        "syncbn, fused ReLU": (2, 8 * (2 * 6 + 1) + 8 * 2 * 6),
+        "all-gather + ReLU": (2, 4 * (2 * 6 + 1) + 4 * 2 * 6),
+        "mean of squares + ReLU": (2, 4 * 2 * 6 + 4 * 2 * 6),
+    }
+    for candidate, (calls, size) in expected.items():
+        row = found[candidate, "2"]
+        assert (int(row["calls"]), int(row["bytes"])) == (calls, size)
+        assert found[candidate, "1"]["bytes"] == "0"
+        assert float(row["collectives_ms"]) <= float(row["ms"])
+
+
+def test_bench_layer_refuses_a_layer_that_computes_something_else():
+    x, grad_output = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    wrong = torch.nn.Sequential(torch.nn.BatchNorm2d(4, eps=0.1), torch.nn.ReLU())
+    with pytest.raises(AssertionError, match="off the oracle"):
+        bench_layer.check("wrong", wrong, x, grad_output)
+
+
+def test_bench_model_measures_every_formulation(tmp_path):
+    arguments = ["--depth", "20", "--ranks", "2", "--batch", "2", "--image", "8", "--rounds", "1"]
+    rows = run_script(bench_model.main, tmp_path, *arguments)
+    assert [row["candidate"] for row in rows] == list(common.NORMS)
+    found = {row["candidate"]: row for row in rows}
+    network = bench_model.network(20, torch.nn.BatchNorm2d, torch.device("cpu"), torch.float32)
+    channels = [m.num_features for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert int(found["syncbn"]["calls"]) == 2 * len(channels)
+    assert int(found["syncbn"]["bytes"]) == sum(8 * (4 * c + 1) for c in channels)
+    assert found["local BN"]["calls"] == "0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
+def test_bench_model_says_that_a_gpu_is_missing(tmp_path):
+    with pytest.raises(SystemExit, match="expected a GPU for each of 1 ranks, got 0"):
+        run_script(bench_model.main, tmp_path, "--device", "cuda", "--ranks", "1")
+
+
+def test_bench_model_refuses_a_network_that_computes_something_else():
+    with pytest.raises(AssertionError, match="off plain BatchNorm"):
+        bench_model.check("wrong", lambda c: torch.nn.BatchNorm2d(c, eps=1e-3), 20, 8, torch.device("cpu"))
+
+
+# --- memory
+
+
+class KeepsItsInputAndOutput(torch.nn.Module):
+    def forward(self, x):
+        return (x.exp() * x).view(-1) * 2  # exp keeps its output, the product both factors, the view nothing
+
+
+def test_saved_bytes_counts_every_storage_once():
+    x = torch.randn(5, 7, requires_grad=True)
+    assert bench_memory.saved_bytes(KeepsItsInputAndOutput(), x) == 2 * x.nbytes
+    assert bench_memory.saved_bytes(KeepsItsInputAndOutput(), x.detach()) == 0
+
+
+def test_parameters_are_not_counted():
+    x = torch.randn(5, 7, requires_grad=True)  # so that the weight is saved as well
+    assert bench_memory.saved_bytes(torch.nn.Linear(7, 3), x) == x.nbytes
+
+
+def test_a_fused_layer_keeps_its_input_and_per_channel_values_alone(tmp_path):
+    rows = run_script(bench_memory.main, tmp_path, *["--shape", "8x16x12x12", "--batch", "2", "--image", "32"])
+    found = {(r["candidate"], r["case"], r["dtype"]): int(r["bytes"]) for r in rows}
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        tensor, per_channel = 8 * 16 * 12 * 12 * size, 64 * (16 + 1)
+        assert tensor < found["syncbn, fused", "alone", dtype] <= tensor + per_channel
+        assert 2 * tensor < found["syncbn", "alone", dtype] <= 2 * tensor + per_channel
+        assert 2 * tensor < found["local BN", "alone", dtype] <= 2 * tensor + per_channel
+    assert found["local BN", "ResNet-50", "float32"] > 0
+
+
+# --- accuracy
+
+
+def test_relative_errors_finds_the_errors_that_were_made():
+    x, grad_output = accuracy_numerics.batch(10.0, torch.float64, (4, 3, 5, 5))
+    oracle = reference.batch_norm(x.numpy())
+    gradients = reference.batch_norm_backward(grad_output.numpy(), x.numpy())
+    actual = {
+        "mean": oracle.mean * 1.01,
+        "var": oracle.var * np.array([1, 1.001, 1]),
+        "y": oracle.output,
+        "grad_input": np.full_like(gradients.grad_input, np.nan),
+    }
+    errors = accuracy_numerics.relative_errors(actual, x, grad_output)
+    assert errors["mean"] == pytest.approx(0.01, rel=1e-6)
+    assert errors["var"] == pytest.approx(0.001, rel=1e-6)
+    assert errors["y"] == 0
+    assert errors["grad_input"] == math.inf
+
+
+def test_ours_stays_accurate_where_the_mean_of_squares_does_not(tmp_path):
+    arguments = ["--ranks", "1", "2", "--shape", "4x3x8x8", "--ratios", "1", "1e4", "--dtypes", "float32"]
+    rows = run_script(accuracy_numerics.main, tmp_path, *arguments)
+    found = {(r["candidate"], r["ranks"], r["dtype"], float(r["mean_over_std"])): r for r in rows}
+    for ranks in "12":
+        for quantity in accuracy_numerics.QUANTITIES:
+            assert float(found["syncbn", ranks, "float32", 1e4][quantity]) < accuracy_numerics.BAR
+        assert float(found["mean of squares", ranks, "float32", 1e4]["var"]) > 1e-2
+        assert float(found["mean of squares", ranks, "float32", 1.0]["var"]) < 1e-5
+    assert ("local BN", "2", "float32", 1.0) not in found
+
+
+# --- the model of scaling
+
+FABRIC = scaling_model.Fabric(10, scaling_model.Link(1, 1), scaling_model.Link(5, 0.5))  # 1 GB/s: 1000 bytes a us
+
+
+def test_an_all_reduce_costs_what_its_steps_cost():
+    node, world = scaling_model.Group(4, 1), scaling_model.Group(8, 2)
+    assert scaling_model.ring_us(FABRIC, node, 4000) == 10 + 6 * 1 + 6 * 1
+    assert scaling_model.ring_us(FABRIC, world, 4000) == 10 + (10 * 1 + 4 * 5) + 14 * 1
+    assert scaling_model.tree_us(FABRIC, node, 4000) == 10 + 2 * (3 * 1 + 4)
+    assert scaling_model.tree_us(FABRIC, world, 4000) == 10 + 2 * (3 * 1 + 1 * 5 + 8)
+    assert scaling_model.one_shot_us(FABRIC, node, 4000) == 10 + 1 + 3 * 4
+    assert scaling_model.one_shot_us(FABRIC, world, 4000) == 10 + 5 + 4 * 8
+    assert scaling_model.all_gather_us(FABRIC, world, 4000) == 10 + (6 * 1 + 1 * 5) + 7 * 8
+
+
+def test_a_link_is_recovered_from_the_times_of_a_ring_of_two():
+    link = scaling_model.Link(300, 2)
+    fabric, pair = scaling_model.Fabric(0, link, link), scaling_model.Group(2, 1)
+    times = [(c, scaling_model.ring_us(fabric, pair, 8 * 2 * c)) for c in (64, 1024, 65536)]
+    assert scaling_model.fit_link(times) == pytest.approx(link, rel=1e-6)
+
+
+def test_resnet50_has_53_layers_with_26560_channels():
+    channels = scaling_model.resnet50_channels()
+    assert (len(channels), sum(channels)) == (53, 26560)
+
+
+def test_the_model_predicts_more_for_more_ranks_and_is_compared_with_gloo(tmp_path):
+    rows = run_script(scaling_model.main, tmp_path, *["--ranks", "2", "--channels", "8", "64", "--rounds", "2"])
+    world = [float(row["world"]) for row in rows if row["per_node"] == "8"]
+    assert world == sorted(world)
+    assert len(set(world)) == len(scaling_model.GPUS)
+    assert len({row["node"] for row in rows if row["per_node"] == "8"}) == 1
+    gloo = read_rows(tmp_path / "rows_gloo.csv")
+    assert [(row["ranks"], row["channels"]) for row in gloo] == [("2", "8"), ("2", "64")]
+    assert {int(row["cores"]) for row in gloo} == {len(os.sched_getaffinity(0))}
