@@ -1,23 +1,25 @@
-"""What does a layer cost on CPU: its verbs, the layer against other formulations, and its share of communication?
+"""What does a layer cost on CPU: its steps, the layer against other formulations, and its share of communication?
 
     python scripts/bench_layer.py                                 # everything: 2 to 3 minutes on 2 cores
     python scripts/bench_layer.py --parts layer --rounds 5
     python scripts/bench_layer.py --parts world --ranks 1 2 4 8
 
-- verbs: each operation of the backend, in units of a copy of the same tensor;
+- steps: each step of both CPU backends, in units of a copy of the same tensor;
 - layer: forward and backward with a ReLU, in units of local BatchNorm2d + ReLU, which synchronizes nothing;
 - world: one layer by number of ranks, how much of it are collectives, and what each rank hands to them.
 
 Each case is checked against the NumPy oracle first. Then all candidates take turns and their medians are compared
 within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
-benchmarks/layer_cpu.csv, verbs_cpu.csv and world_cpu.csv; tables in docs/performance.md.
+benchmarks/layer_cpu.csv, steps_cpu.csv and world_cpu.csv; tables in docs/performance.md.
 
 Last answer (AMD EPYC, 2 cores under other load, torch 2.14.1, d0f80a2): on 2 ranks 2.2 times local BatchNorm2d + ReLU,
 a gathering layer 3.2, a mean of squares 3.8; 16 % of it in collectives on 2 ranks, 60 % on 8, which share 2 cores.
 """
 
 import argparse
+import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn import backends, reference
-from syncbn.statistics import Channels, invstd_of
+from syncbn.statistics import Channels, Reduced
 
 SHAPES = [(32, 64, 32, 32), (32, 256, 16, 16), (8, 64, 56, 56), (64, 512, 7, 7)]
 WORLD_SHAPE = (32, 256, 16, 16)
@@ -44,7 +46,24 @@ def candidates(num_features: int) -> dict[str, nn.Module]:
     separate: dict[str, nn.Module] = {
         f"{name} + ReLU": nn.Sequential(norm(num_features), nn.ReLU()) for name, norm in common.NORMS.items()
     }
-    return separate | {"syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu")}
+    return separate | {
+        "syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu"),
+        "syncbn, fused, compiled": Compiled(num_features, activation="relu"),
+    }
+
+
+class Compiled(syncbn.SyncBatchNorm):
+    """The layer as `SYNCBN_BACKEND=compiled` makes it, in a process where the others stay as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Choose the backend here and, by a hook that runs before the layer's backward, there."""
+        os.environ["SYNCBN_BACKEND"] = "compiled"
+        y = super().forward(x)
+        os.environ["SYNCBN_BACKEND"] = "auto"
+        assert y.grad_fn is not None
+        y.grad_fn.register_prehook(lambda _: os.environ.__setitem__("SYNCBN_BACKEND", "compiled"))
+        y.grad_fn.register_hook(lambda *_: os.environ.__setitem__("SYNCBN_BACKEND", "auto"))
+        return y
 
 
 def inputs(shape: Shape, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -76,26 +95,31 @@ def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     layer.zero_grad()
 
 
-def time_verbs(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of a copy of x and of each verb, on this rank."""
+def time_steps(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of a copy of x and of each step of a layer with ReLU, on this rank."""
     x, grad_output = inputs(shape, layout)
-    backend = backends.select(x)
-    count, mean, M2 = backend.batch_norm_stats(x, None)
-    expected = reference.batch_norm(x.double().numpy())
-    assert abs((M2 / count).numpy() / expected.var - 1).max() < 1e-5
     weight, bias = torch.ones(shape[1]), torch.zeros(shape[1])
-    channels = Channels(mean, invstd_of(M2 / count, 1e-5), weight, bias)
-    sum_dy, sum_dy_xmu = backend.batch_norm_backward_reduce(grad_output, x, channels, mask=None)
+    expected = reference.batch_norm(x.double().numpy())
     relu: dict[str, Any] = {"residual": None, "mask": None, "activation": "relu"}
-    sums: dict[str, Any] = {"mask": None, "count": count, "sum_dy": sum_dy, "sum_dy_xmu": sum_dy_xmu}
-    steps = {
-        "copy": lambda: torch.empty_like(x).copy_(x),
-        "stats": lambda: backend.batch_norm_stats(x, None),
-        "elemt + ReLU": lambda: backend.batch_norm_elemt(x, channels, **relu),
-        "ReLU backward": lambda: backend.batch_norm_activation_backward(grad_output, x, channels, **relu),
-        "backward reduce": lambda: backend.batch_norm_backward_reduce(grad_output, x, channels, mask=None),
-        "backward elemt": lambda: backend.batch_norm_backward_elemt(grad_output, x, channels, **sums),
-    }
+    steps: dict[str, Callable[[], Any]] = {"copy": lambda: torch.empty_like(x).copy_(x)}
+    for name, backend in (("plain", backends.CPU), ("compiled", backends.COMPILED)):
+        count, var, channels = backend.own_stats(x, None, weight, bias, eps=1e-5, running=None)
+        assert abs(var.numpy() / expected.var - 1).max() < 1e-6
+
+        def reduce(backend: Any = backend, channels: Channels = channels) -> Reduced:
+            dtypes: dict[str, Any] = {"weight_dtype": weight.dtype, "bias_dtype": bias.dtype}
+            return backend.backward_reduce(grad_output, x, channels, **relu, **dtypes, needs_dy=False)
+
+        reduced = reduce()
+        rest: dict[str, Any] = {"dy": reduced.dy, "keeps_dy": False, "count": count, "sums": reduced.sums}
+        steps |= {
+            f"{name} stats": lambda b=backend: b.own_stats(x, None, weight, bias, eps=1e-5, running=None),
+            f"{name} elemt": lambda b=backend, c=channels: b.elemt(x, c, **relu),
+            f"{name} backward reduce": reduce,
+            f"{name} backward elemt": lambda b=backend, c=channels, r=rest: b.backward_elemt(
+                grad_output, x, c, **relu, **r
+            ),
+        }
     return common.in_turns(steps, rounds, CPU)
 
 
@@ -219,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the parts that were asked for."""
     parser = common.parser(__doc__, "layer_cpu")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--parts", nargs="+", choices=["verbs", "layer", "world"], default=["verbs", "layer", "world"])
+    parser.add_argument("--parts", nargs="+", choices=["steps", "layer", "world"], default=["steps", "layer", "world"])
     parser.add_argument("--ranks", type=int, nargs="+", help="for layer 1 2, for world 1 2 4 8, unless given")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--shapes", type=common.sizes, nargs="+", default=SHAPES, help="such as 32x64x32x32")
@@ -227,9 +251,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     shapes, rounds, versions = arguments.shapes, arguments.rounds, f"float32, torch {torch.__version__}"
     cases, by_ranks = {}, {}
-    if "verbs" in arguments.parts:
-        found = common.on_ranks(1, for_each_case, time_verbs, shapes, rounds)
-        report_cases(f"verbs, {versions}", found, "copy", arguments.csv.with_name("verbs_cpu.csv"), 1)
+    if "steps" in arguments.parts:
+        found = common.on_ranks(1, for_each_case, time_steps, shapes, rounds)
+        report_cases(f"steps, {versions}", found, "copy", arguments.csv.with_name("steps_cpu.csv"), 1)
     if "layer" in arguments.parts:
         for ranks in arguments.ranks or [1, 2]:
             cases[ranks] = common.on_ranks(ranks, for_each_case, time_layers, shapes, rounds)
