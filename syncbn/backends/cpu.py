@@ -79,21 +79,24 @@ class View(NamedTuple):
 
 
 def view_of(x: Tensor) -> View | None:
-    """Return how to read x; None where these kernels have no use for its layout."""
+    """Return how to read x; None where these kernels have no use for it."""
     if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.numel() == 0:
         return None
-    num_channels, num_samples = x.shape[1], x.shape[0]
-    spatial = x.numel() // (num_channels * num_samples)
-    if x.is_contiguous() and spatial > 1:
-        for repeats in _divisors(spatial):
-            if spatial // repeats <= MAX_RUN:
-                shape = (num_samples, num_channels * repeats, spatial // repeats)
-                return View(shape, num_channels, repeats, False) if spatial // repeats >= 16 or repeats == 1 else None
-    if x.movedim(1, -1).is_contiguous():
-        rows = num_samples * spatial
-        repeats = max(d for d in _divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
-        return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
-    return None
+    is_channels_last = x.movedim(1, -1).is_contiguous()
+    return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
+
+
+@lru_cache
+def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
+    num_channels, spatial = shape[1], math.prod(shape[2:])
+    if not is_channels_last:
+        repeats = next(d for d in _divisors(spatial) if spatial // d <= MAX_RUN)
+        run = spatial // repeats
+        view = View((shape[0], num_channels * repeats, run), num_channels, repeats, False)
+        return view if run >= 16 or repeats == 1 else None
+    rows = shape[0] * spatial
+    repeats = max(d for d in _divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
+    return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -294,7 +297,7 @@ class _Affine:
             out = self.buffer[: values.shape[0]]
         return aten.native_batch_norm.out(
             values, self.scale, self.shift, _constant(0, self.scale), _constant(1, self.scale), False, 0.0, 0.0,
-            out=out, save_mean=self.scale.new_empty(0), save_invstd=self.scale.new_empty(0),
+            out=out, save_mean=_constants(0, 0, out.dtype), save_invstd=_constants(0, 0, out.dtype),
         )[0]  # fmt: skip
 
 
@@ -316,7 +319,6 @@ def _constants(value: float, size: int, dtype: torch.dtype) -> Tensor:
     return torch.full((size,), value, dtype=dtype)  # nobody writes to it
 
 
-@lru_cache
 def _divisors(number: int) -> list[int]:
     """Return all divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
