@@ -35,33 +35,52 @@ class BroadcastBuffers(Callback):
 class Throughput(Callback):
     """Logs `images_per_second` of all ranks together since the epoch began, waiting for the device only to report.
 
+    `data_wait` is the share of this time in which rank 0 waited for its next batch. Validation is not counted.
+
     Args:
-        warmup_steps: left out at the start of the run: allocation, kernel choice, first collectives.
-        every_n_steps: between two figures; the end of an epoch makes one too. Validation is not counted.
+        warmup_steps: left out at the start of the process: allocation, kernel choice, first collectives.
+        every_n_steps: between two figures; the end of an epoch makes one too.
     """
 
     def __init__(self, warmup_steps: int = 5, every_n_steps: int = 20) -> None:
         self.warmup_steps = warmup_steps
         self.every_n_steps = every_n_steps
+        self._steps = 0  # of this process
         self._images = 0
-        self._start = 0.0
+        self._start = self._batch_end = 0.0
+        self._waited = 0.0
         self._past_images = 0
-        self._past_seconds = 0.0
+        self._past_seconds = self._past_waited = 0.0
 
     @property
     def mean(self) -> float:
         """Images per second over all epochs so far; NaN before the first has ended."""
         return self._past_images / self._past_seconds if self._past_seconds else float("nan")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for data over all epochs so far; NaN before the first has ended."""
+        return self._past_waited / self._past_seconds if self._past_seconds else float("nan")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock: a resumed run has no epoch start."""
+        self._steps = 0
         self._restart(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock again."""
+        self._restart(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note how long the batch took to come."""
+        self._waited += time.perf_counter() - self._batch_end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the global batch, on the host alone."""
-        if trainer.global_step <= self.warmup_steps:
+        self._steps += 1
+        if self._steps <= self.warmup_steps:
             self._restart(trainer)
             return
         loader: Any = trainer.train_dataloader
@@ -70,14 +89,17 @@ class Throughput(Callback):
             _finish(trainer)
             seconds = time.perf_counter() - self._start
             pl_module.log("images_per_second", self._images / seconds, prog_bar=True, batch_size=1)
+            pl_module.log("data_wait", self._waited / seconds, batch_size=1)
             if trainer.is_last_batch:
                 self._past_images += self._images
                 self._past_seconds += seconds
+                self._past_waited += self._waited
+        self._batch_end = time.perf_counter()
 
     def _restart(self, trainer: Trainer) -> None:
         _finish(trainer)
-        self._images = 0
-        self._start = time.perf_counter()
+        self._images, self._waited = 0, 0.0
+        self._start = self._batch_end = time.perf_counter()
 
 
 class EpochLines(ProgressBar):

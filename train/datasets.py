@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,20 @@ class Splits(NamedTuple):
     train: Dataset
     test: Dataset
     train_labels: list[int] | None
+
+
+def unreadable(name: str, error: Exception) -> Refusal:
+    """Return the refusal for an image file that is there and cannot be read."""
+    return Refusal(f"{name} cannot be read ({error}): replace or remove the file")
+
+
+def image_name(dataset: Dataset, index: int) -> str:
+    """Return the path of an image, or its index where it has none."""
+    source: Any = dataset
+    while isinstance(source, Subset):
+        source, index = source.dataset, source.indices[index]
+    samples = getattr(source, "samples", None)
+    return str(samples[index][0]) if samples else f"image {index}"
 
 
 def digits(root: str | None = None, download: bool = False) -> Splits:
@@ -60,12 +75,22 @@ def torchvision_dataset(root: str, download: bool = False, *, factory: Callable[
             f"{name} could not be downloaded into {where} ({error}): put its files there, or name their directory with "
             "data.root=DIR"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, UnpicklingError) as error:
         raise Refusal(
             f"{name} is missing or damaged in {where}: add data.download=true to download it there, or data.root=DIR "
             "to name the directory that has it"
         ) from error
-    return Splits(train, test, [int(label) for label in train.targets])  # type: ignore[attr-defined]
+    return Splits(in_memory(train), in_memory(test), [int(label) for label in train.targets])  # type: ignore[attr-defined]
+
+
+def in_memory(dataset: Any) -> Dataset:
+    """Return a data set whose `data` holds all images (N, H, W) or (N, H, W, 3) as one of tensors (N, C, H, W).
+
+    A tensor is indexed and augmented faster than PIL's images, and a batch of them in one piece.
+    """
+    images = torch.as_tensor(dataset.data)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return TensorDataset(images, torch.as_tensor(dataset.targets))
 
 
 def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Splits:
@@ -117,4 +142,6 @@ def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Datas
     """Return the train set without a validation part, and that part: stratified by label, chosen by the seed alone."""
     size = len(splits.train)  # type: ignore[arg-type]
     train, val = train_test_split(np.arange(size), test_size=fraction, stratify=splits.train_labels, random_state=seed)
+    if isinstance(splits.train, TensorDataset):
+        return TensorDataset(*splits.train[train]), TensorDataset(*splits.train[val])
     return Subset(splits.train, train.tolist()), Subset(splits.train, val.tolist())

@@ -1,16 +1,21 @@
 """How Lightning runs on several ranks: this project's layer in place of torch's, and DDP set up for it."""
 
 import inspect
+import io
+import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.plugins import LayerSync
+import torch
+from lightning.pytorch.plugins import LayerSync, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from train import distenv
+from train.distenv import Refusal
 
 
 class SyncBatchNormPlugin(LayerSync):
@@ -23,6 +28,32 @@ class SyncBatchNormPlugin(LayerSync):
     def revert(self, model: nn.Module) -> nn.Module:
         """Return the model with the BatchNorm classes it had."""
         return syncbn.revert_sync_batchnorm(model)
+
+
+class AtomicFiles(TorchCheckpointIO):
+    """Checkpoint files that are whole or not there, on every file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the file and then put it in its place.
+
+        Raises:
+            Refusal: there is no space left, or the directory cannot be written.
+        """
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".part").open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            path.with_suffix(".part").replace(path)
+        except OSError as error:
+            raise Refusal(
+                f"the checkpoint {path} cannot be written ({error.strerror}): make space or name another "
+                "directory with run_dir=DIR; what was there before is whole"
+            ) from error
 
 
 def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameters: bool = False) -> Strategy | str:

@@ -21,12 +21,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, report
-from train.callbacks import Throughput
+from train import distenv, report, resume, rng
+from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
 from train.norms import Norm
+from train.plugins import AtomicFiles
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +43,27 @@ def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
     """Return what a configuration describes, untrained; every rank calls it."""
     norm: Norm = instantiate(config.norm)
     data: ImageData = instantiate(config.data)
+    accumulated = config.trainer.accumulate_grad_batches
     network = instantiate(config.model, norm_layer=norm.layer)
+    if config.compile:
+        network.compile(fullgraph=True)
     model = ImageClassifier(
         network,
-        instantiate(config.optimizer, global_batch_size=data.global_batch_size),
+        instantiate(config.optimizer, global_batch_size=data.global_batch_size * accumulated),
         instantiate(config.scheduler),
+        label_smoothing=config.label_smoothing,
+        mixing=instantiate(config.mixing),
+        channels_last=config.channels_last,
+        config=OmegaConf.to_container(config),  # type: ignore[arg-type]
     )
     trainer: Trainer = instantiate(
         config.trainer,
         callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
-        plugins=[norm.sync] if norm.sync else None,
+        plugins=[AtomicFiles(), *([norm.sync] if norm.sync else [])],
     )
+    # Lightning asks rank 0 before every step whether to stop and waits for the answer; `Snapshots` needs no wait
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
     return trainer, model, data
 
 
@@ -68,17 +78,29 @@ def fit(config: DictConfig) -> dict[str, float]:
     _quiet()
     directory = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
+    path = resume.find(config)
     trainer, model, data = build(config)
+    if path is not None:
+        checkpoint = resume.load(path)
+        resume.check(path, checkpoint, config, model.network, data.global_batch_size)
+        for logger, state in zip(trainer.loggers, checkpoint["snapshot"]["loggers"], strict=False):
+            if state is not None and hasattr(logger, "resume"):
+                logger.resume(state)
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, directory / "config.yaml", resolve=True)
         _say(_headline(config, trainer, data))
+        if path is not None:
+            _say(f"resumed from {path}, after step {checkpoint['global_step']}")
+    rng.seed_all(rng.mix(config.seed, trainer.global_rank))  # dropout differs by rank, the first weights do not
     start = time.perf_counter()
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True if path else None)
     seconds = time.perf_counter() - start
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = _last_epoch(trainer)
     epochs = trainer.current_epoch
-    trainer.test(model, datamodule=data, ckpt_path=_checkpoint(config, trainer), verbose=False)
+    if config.test_checkpoint != "last":
+        model.load_state_dict(resume.load(_best_checkpoint(trainer))["state_dict"])
+    trainer.test(model, datamodule=data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
         figures = _figures(config, trainer, metrics, epochs, seconds)
@@ -112,15 +134,25 @@ def _say(line: str) -> None:
     log.info(line)
 
 
-def _checkpoint(config: DictConfig, trainer: Trainer) -> str | None:
-    """Return the file with the weights to test, or None for those that the model has after its last step."""
-    if config.test_checkpoint == "last":
-        return None
+def _nothing() -> None:
+    pass
+
+
+def _last_epoch(trainer: Trainer) -> dict[str, float]:
+    """Return the figures of the last epoch, which may have been trained before a resume."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    history = [callback.epochs[-1] for callback in callbacks if isinstance(callback, History) and callback.epochs]
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return dict(history[0]) | figures if history else figures
+
+
+def _best_checkpoint(trainer: Trainer) -> Path:
+    """Return the file with the weights of the best validation."""
     checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     best = [callback.best_model_path for callback in checkpoints if callback.monitor]
     if not any(best):
         raise Refusal("test_checkpoint=best needs a validated checkpoint: use callbacks=default and validate an epoch")
-    return best[0]
+    return Path(best[0])
 
 
 def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
@@ -133,7 +165,7 @@ def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
 def _figures(
     config: DictConfig, trainer: Trainer, metrics: dict[str, float], epochs: int, seconds: float
 ) -> dict[str, Any]:
-    throughput = [callback.mean for callback in trainer.callbacks if isinstance(callback, Throughput)]  # type: ignore[attr-defined]
+    throughput = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]  # type: ignore[attr-defined]
     return {
         "test_accuracy": metrics["test_accuracy"],
         "correct": int(metrics["test_correct"]),
@@ -143,7 +175,7 @@ def _figures(
         **{name: metrics[name] for name in ("val_accuracy", "train_accuracy", "train_loss") if name in metrics},
         "epochs": epochs,
         "fit_seconds": seconds,
-        **({"images_per_second": throughput[0]} if throughput else {}),
+        **({"images_per_second": throughput[0].mean, "data_wait": throughput[0].data_wait} if throughput else {}),
         "world_size": trainer.world_size,
         "device": _device(trainer),
         "parameters": sum(parameter.numel() for parameter in trainer.lightning_module.parameters()),
