@@ -1,4 +1,4 @@
-"""What watches a run: equal buffers before an evaluation, images per second, progress, and the history."""
+"""What watches a run: images per second, progress, and the history."""
 
 import logging
 import sys
@@ -7,29 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from train.report import draw_curves
+from train.pictures import draw_curves
 
 SECONDS_BETWEEN_FIGURES = 0.5
 EPOCH_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")
 
 log = logging.getLogger(__name__)
-
-
-class BroadcastBuffers(Callback):
-    """Gives every rank rank 0's buffers before a validation, so that all ranks evaluate the model that is saved.
-
-    Synchronized running statistics are equal already; those of `norm=local` are each rank's own.
-    """
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Broadcast, in the same order on every rank."""
-        if trainer.world_size > 1:
-            for buffer in pl_module.buffers():
-                dist.broadcast(buffer, src=0)
 
 
 class Throughput(Callback):
@@ -52,9 +38,11 @@ class Throughput(Callback):
         self._past_images = 0
         self._past_seconds = self._past_waited = 0.0
 
+    figures = ("images_per_second", "data_wait")
+
     @property
-    def mean(self) -> float:
-        """Images per second over all epochs so far; NaN before the first has ended."""
+    def images_per_second(self) -> float:
+        """Images of all ranks per second over all epochs so far; NaN before the first has ended."""
         return self._past_images / self._past_seconds if self._past_seconds else float("nan")
 
     @property

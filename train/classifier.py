@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from train import distenv
+from train import distenv, rng
 from train.mixing import Mixing
 
 Batch = tuple[Tensor, Tensor]
@@ -107,6 +107,11 @@ class ImageClassifier(LightningModule):
         """Return the logits."""
         return self.network(images.to(memory_format=self.memory_format))
 
+    def on_train_start(self) -> None:
+        """Give each rank random numbers of its own, for dropout; the first weights were drawn alike on all."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rng.seed_all(rng.mix(data.seed, distenv.rank()))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this rank's share of the loss, scaled so that DDP's mean over ranks is the mean over images."""
         images, labels = batch
@@ -167,8 +172,9 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the configuration and the sums of an epoch that is not over."""
+        """Keep the configuration, the names of the classes, and the sums of an epoch that is not over."""
         checkpoint["config"] = self.config
+        checkpoint["classes"] = self.trainer.datamodule.class_names()  # type: ignore[attr-defined]
         checkpoint["train_tally"] = [getattr(self.train_tally, name).cpu() for name in Tally.names]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

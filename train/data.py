@@ -14,6 +14,7 @@ from train.datasets import Splits, hold_out
 from train.distenv import Refusal
 from train.rng import mix
 from train.samplers import Collate, GlobalBatchSampler, PreparedImages
+from train.stop import ignore_signals
 
 RECALIBRATION_EPOCH = 2**31  # its order and augmentation are no training epoch's
 VALIDATION_SEED = 0  # one validation part for every run, whatever its seed
@@ -86,6 +87,7 @@ class ImageData(LightningDataModule):
         self.download = download
         self.num_workers = num_workers
         self.shuffle = shuffle
+        self.classes: list[str] | None = None
         self.resume_at = (0, 0)  # epoch and batch that training begins with
 
     def prepare_data(self) -> None:
@@ -101,10 +103,15 @@ class ImageData(LightningDataModule):
         """
         splits = self.source(root=self.root, download=False)
         self.test_set = splits.test
+        self.classes = splits.classes
         if self.val_fraction:
             self.train_set, self.val_set = hold_out(splits, self.val_fraction, VALIDATION_SEED)
         else:
             self.train_set, self.val_set = splits.train, splits.test
+
+    def class_names(self) -> list[str]:
+        """Return a name for each class, its number where the files have none."""
+        return self.classes or [str(label) for label in range(self.num_classes)]
 
     def train_dataloader(self) -> DataLoader:
         """Return the augmented train set in this epoch's order."""
@@ -159,5 +166,6 @@ class ImageData(LightningDataModule):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=distenv.accelerator() == "gpu",
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # otherwise every epoch takes a number from the one that dropout uses
         )

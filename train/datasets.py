@@ -19,11 +19,17 @@ DIGITS_SPLIT_SEED = 0
 
 
 class Splits(NamedTuple):
-    """A train and a test data set, and the labels of the train set where they are known without reading its images."""
+    """A train and a test data set.
+
+    Attributes:
+        train_labels: where they are known without reading the images.
+        classes: their names, if they have any.
+    """
 
     train: Dataset
     test: Dataset
-    train_labels: list[int] | None
+    train_labels: list[int] | None = None
+    classes: list[str] | None = None
 
 
 def unreadable(name: str, error: Exception) -> Refusal:
@@ -80,7 +86,8 @@ def torchvision_dataset(root: str, download: bool = False, *, factory: Callable[
             f"{name} is missing or damaged in {where}: add data.download=true to download it there, or data.root=DIR "
             "to name the directory that has it"
         ) from error
-    return Splits(in_memory(train), in_memory(test), [int(label) for label in train.targets])  # type: ignore[attr-defined]
+    labels = [int(label) for label in train.targets]  # type: ignore[attr-defined]
+    return Splits(in_memory(train), in_memory(test), labels, getattr(train, "classes", None))
 
 
 def in_memory(dataset: Any) -> Dataset:
@@ -117,7 +124,7 @@ def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Split
                 f"data.num_classes is {num_classes} and {part.root} has {len(part.classes)} class folders: "
                 f"set data.num_classes={len(part.classes)}"
             )
-    return Splits(parts[0], parts[1], parts[0].targets)
+    return Splits(parts[0], parts[1], parts[0].targets, parts[0].classes)
 
 
 def fake(
@@ -134,7 +141,6 @@ def fake(
     return Splits(
         datasets.FakeData(num_train, shape, num_classes),
         datasets.FakeData(num_test, shape, num_classes, random_offset=num_train),
-        None,
     )
 
 

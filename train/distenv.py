@@ -55,25 +55,31 @@ def run_stamp() -> str:
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
     if world_size() == 1:
         return now
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not has_agent_store():
         raise Refusal(
             "the ranks must agree on one run directory, and this launcher keeps no store they could agree in: "
             "start with torchrun, or name the directory with run_name=..."
         )
-    return _agent_store().compare_set("train/run_stamp", "", now).decode()
+    return agent_store().compare_set("train/run_stamp", "", now).decode()
 
 
 def agreed(key: str, value: str) -> str:
     """Return rank 0's value on every rank, before there is a process group; each its own without torchrun's store."""
-    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if world_size() == 1 or not has_agent_store():
         return value
-    store = _agent_store()
+    store = agent_store()
     if rank() == 0:
         store.set(f"train/{key}", value)
     return store.get(f"train/{key}").decode()
 
 
-def _agent_store() -> Any:
+def has_agent_store() -> bool:
+    """Whether torchrun keeps a store for the whole job, restarts included."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def agent_store() -> Any:
+    """Return a new connection to that store."""
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -11,6 +11,7 @@ from torch import nn
 
 from train import distenv
 from train.distenv import Refusal
+from train.norms import Norm
 
 # What decides the course of a run; all else may change when it is resumed.
 COURSE = (
@@ -65,12 +66,14 @@ def load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check(path: Path, checkpoint: dict[str, Any], config: DictConfig, network: nn.Module, global_batch: int) -> None:
+def check(
+    path: Path, checkpoint: dict[str, Any], config: DictConfig, norm: Norm, network: nn.Module, global_batch: int
+) -> None:
     """Raise Refusal, on every rank, where the run would not continue exactly as the one that left the checkpoint."""
     snapshot = checkpoint.get("snapshot")
     if snapshot is None:
         raise Refusal(f"{path} is for evaluation and keeps no state of training: resume from last.ckpt")
-    before, now = _flat(checkpoint["config"]), _flat(OmegaConf.to_container(config))
+    before, now = flat(checkpoint["config"]), flat(OmegaConf.to_container(config))
     course = [key for key in sorted(before | now) if key.startswith(tuple(f"{name}." for name in COURSE))]
     course += [key for key in COURSE if key in before | now]
     for key in course:
@@ -80,7 +83,7 @@ def check(path: Path, checkpoint: dict[str, Any], config: DictConfig, network: n
                 "give what it was, or begin a new run"
             )
     check_weights(path, checkpoint, network)
-    _check_world_size(path, snapshot, config, network, global_batch)
+    _check_world_size(path, snapshot, config, norm, network, global_batch)
 
 
 def check_weights(path: Path, checkpoint: dict[str, Any], network: nn.Module) -> None:
@@ -101,7 +104,7 @@ def check_weights(path: Path, checkpoint: dict[str, Any], network: nn.Module) ->
 
 
 def _check_world_size(
-    path: Path, snapshot: dict[str, Any], config: DictConfig, network: nn.Module, global_batch: int
+    path: Path, snapshot: dict[str, Any], config: DictConfig, norm: Norm, network: nn.Module, global_batch: int
 ) -> None:
     before, now = snapshot["world_size"], distenv.world_size()
     if before == now:
@@ -109,7 +112,7 @@ def _check_world_size(
     reason = None
     if snapshot["global_batch_size"] != global_batch:
         reason = f"the global batch would change from {snapshot['global_batch_size']} to {global_batch} images"
-    elif snapshot["buffers"] is not None or (config.norm.get("sync") is None and _has_batch_norm(network)):
+    elif snapshot["buffers"] is not None or norm.ranks not in (None, "world"):
         reason = "BatchNorm is not over all ranks, so that its batch would change"
     elif any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in network.modules()):
         reason = "every rank draws its own dropout masks"
@@ -119,15 +122,11 @@ def _check_world_size(
         raise Refusal(f"{path} is of {before} ranks and there are {now}: {reason}; start {before} ranks")
 
 
-def _has_batch_norm(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested mappings by their dotted names."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     leaves: dict[str, Any] = {}
     for key, child in value.items():
-        leaves |= _flat(child, f"{prefix}.{key}" if prefix else key)
+        leaves |= flat(child, f"{prefix}.{key}" if prefix else key)
     return leaves

@@ -18,6 +18,12 @@ class Stopped(SystemExit):
         self.signum = signum
 
 
+def ignore_signals(worker_id: int) -> None:
+    """Let a process that loads images live until its rank ends it: the signals go to all processes of a run."""
+    for signum in StopSignals.watched:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class StopSignals:
     """Notes SIGTERM and SIGINT between `install` and `remove`.
 
