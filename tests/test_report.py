@@ -36,9 +36,9 @@ def test_the_report_holds_the_command_every_figure_and_the_curves(tmp_path):
     assert "python -m train norm=sync" in text
     assert "| test accuracy | 0.9917 |" in text
     assert "](curves.png)" in text
-    assert "| commit | abc |" in text
+    assert "| commit | a1 |" in text
     assert "```yaml\nseed: 0\n```" in text
-    assert json.loads((tmp_path / "result.json").read_text()) == {**FIGURES, "environment": {"commit": "abc"}}
+    assert json.loads((tmp_path / "result.json").read_text()) == {**FIGURES, "environment": {"commit": "a1"}}
 
 
 def test_the_report_of_a_run_without_curves_shows_none(tmp_path):

@@ -14,7 +14,12 @@ from torch import nn
 from train import distenv, run
 from train.distenv import Refusal
 
-SHORT = ("trainer.max_steps=3", "trainer.limit_val_batches=1")
+SHORT = (
+    "+trainer.limit_train_batches=3",
+    "trainer.max_steps=-1",
+    "trainer.max_epochs=1",
+    "trainer.limit_val_batches=1",
+)
 
 
 class Watch(Callback):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train import distenv
 from train.augment import BatchTransform
-from train.datasets import Splits, hold_out
+from train.datasets import Splits, fewer, hold_out
 from train.distenv import Refusal
 from train.rng import mix
 from train.samplers import Collate, GlobalBatchSampler, PreparedImages
@@ -37,6 +37,7 @@ class ImageData(LightningDataModule):
         eval_transforms: what validation and test need, such as a resize.
         val_fraction: part of the train set held out to choose the best checkpoint. With 0 the test set is also the
             validation set: then only the last checkpoint has an honest test accuracy.
+        num_train: images of the train set to use, chosen alike for every seed; all of them by default.
         seed: of the order and the augmentation. The parts are chosen without it.
         root: directory of the files, for the sources that have any.
         download: fetch missing files once for each node.
@@ -60,6 +61,7 @@ class ImageData(LightningDataModule):
         batch_transforms: Sequence[BatchTransform] = (),
         eval_transforms: Sequence[nn.Module] = (),
         val_fraction: float = 0.1,
+        num_train: int | None = None,
         seed: int = 0,
         root: str | None = None,
         download: bool = False,
@@ -82,6 +84,7 @@ class ImageData(LightningDataModule):
         self.eval_transforms = eval_transforms
         self.collate = Collate((in_channels, image_size, image_size), mean, std)
         self.val_fraction = val_fraction
+        self.num_train = num_train
         self.seed = seed
         self.root = root
         self.download = download
@@ -102,6 +105,8 @@ class ImageData(LightningDataModule):
             Refusal: files are missing; on every rank that misses them.
         """
         splits = self.source(root=self.root, download=False)
+        if self.num_train:
+            splits = fewer(splits, self.num_train, VALIDATION_SEED)
         self.test_set = splits.test
         self.classes = splits.classes
         if self.val_fraction:

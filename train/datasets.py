@@ -148,6 +148,27 @@ def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Datas
     """Return the train set without a validation part, and that part: stratified by label, chosen by the seed alone."""
     size = len(splits.train)  # type: ignore[arg-type]
     train, val = train_test_split(np.arange(size), test_size=fraction, stratify=splits.train_labels, random_state=seed)
-    if isinstance(splits.train, TensorDataset):
-        return TensorDataset(*splits.train[train]), TensorDataset(*splits.train[val])
-    return Subset(splits.train, train.tolist()), Subset(splits.train, val.tolist())
+    return _select(splits.train, train), _select(splits.train, val)
+
+
+def fewer(splits: Splits, num_train: int, seed: int) -> Splits:
+    """Return splits with `num_train` images to train on, stratified by label and chosen by the seed alone.
+
+    Raises:
+        Refusal: there are not so many.
+    """
+    size = len(splits.train)  # type: ignore[arg-type]
+    if not 0 < num_train <= size:
+        raise Refusal(f"data.num_train must be between 1 and the {size} images there are, got {num_train}")
+    if num_train == size:
+        return splits
+    labels = splits.train_labels
+    index, _ = train_test_split(np.arange(size), train_size=num_train, stratify=labels, random_state=seed)
+    kept = None if labels is None else [labels[i] for i in index]
+    return splits._replace(train=_select(splits.train, index), train_labels=kept)
+
+
+def _select(dataset: Dataset, index: np.ndarray) -> Dataset:
+    if isinstance(dataset, TensorDataset):
+        return TensorDataset(*dataset[index])
+    return Subset(dataset, index.tolist())

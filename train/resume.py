@@ -16,7 +16,10 @@ from train.norms import Norm
 # What decides the course of a run; all else may change when it is resumed.
 COURSE = (
     *("seed", "model", "norm", "optimizer", "scheduler", "mixing", "label_smoothing"),
-    *(f"data.{name}" for name in ("source", "train_transforms", "batch_transforms", "val_fraction", "shuffle", "seed")),
+    *(
+        f"data.{name}"
+        for name in ("source", "train_transforms", "batch_transforms", "val_fraction", "num_train", "shuffle", "seed")
+    ),
     *(f"data.{name}" for name in ("global_batch_size", "batch_size_per_rank")),
     *(f"trainer.{name}" for name in ("precision", "accumulate_grad_batches", "gradient_clip_val")),
 )

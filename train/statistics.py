@@ -61,7 +61,8 @@ class Recalibrate(Callback):
 def recalibrate(trainer: Trainer, pl_module: LightningModule, num_batches: int) -> None:
     """Measure the population statistics of the model's inputs over `num_batches` global batches of the train set."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches = (images.to(pl_module.device) for images in data.recalibration_batches(num_batches))
+    dtype = next(pl_module.parameters()).dtype
+    batches = (images.to(pl_module.device, dtype) for images in data.recalibration_batches(num_batches))
     with torch.compiler.set_stance("force_eager"):  # compiled code does not call the hooks that measure
         syncbn.recalibrate(pl_module, batches)
 
