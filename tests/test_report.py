@@ -31,7 +31,7 @@ def test_the_result_is_one_line_that_machines_read():
 def test_the_report_holds_the_command_every_figure_and_the_curves(tmp_path):
     pictures.draw_curves(EPOCHS, [(0.5, 0.1), (1.0, 0.2)], tmp_path / "curves.png")
     text = report.write_report(
-        tmp_path, FIGURES, "python -m train norm=sync", {"commit": "abc"}, "seed: 0\n"
+        tmp_path, FIGURES, "python -m train norm=sync", {"commit": "a1"}, "seed: 0\n"
     ).read_text()
     assert "python -m train norm=sync" in text
     assert "| test accuracy | 0.9917 |" in text

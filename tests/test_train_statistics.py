@@ -42,7 +42,7 @@ def validated(*overrides):
 
 def merged_statistics():
     as_torchrun()
-    before, after, _, data = validated("norm=local")
+    before, after, _, data = validated("norm=local", "trainer.precision=64-true")
     return before, after, data.train_dataloader().batch_sampler.local_samples()
 
 
@@ -55,9 +55,9 @@ def test_statistics_of_local_batches_are_pooled_and_not_averaged_before_a_valida
     within = share * one[name + "var"] + (1 - share) * other[name + "var"]
     between = share * (one[name + "mean"] - mean) ** 2 + (1 - share) * (other[name + "mean"] - mean) ** 2
     for state in (merged, merged_there):
-        torch.testing.assert_close(state[name + "mean"], mean, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(state[name + "var"], within + between, rtol=1e-5, atol=1e-7)
-    assert float(between.max()) > 1e-4
+        torch.testing.assert_close(state[name + "mean"], mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(state[name + "var"], within + between, rtol=1e-9, atol=1e-12)
+    assert float((between / within).max()) > 1e-6
 
 
 RECALIBRATED = ("+callbacks.r={_target_: train.statistics.Recalibrate, num_batches: 3}", "trainer.precision=64-true")
