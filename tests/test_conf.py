@@ -10,9 +10,11 @@ import conf
 from train import run
 
 ROOT = Path(conf.__file__).parent
-GROUPS = ("data", "model", "norm", "optimizer", "scheduler", "trainer", "callbacks", "logger", "experiment", "debug")
+GROUPS = (
+    *("data", "model", "norm", "optimizer", "scheduler", "mixing", "trainer", "callbacks", "logger", "experiment"),
+    "debug",
+)
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / group).glob("*.yaml"))]
-NARROW = {"model": ["model.width=4"], "experiment": ["model.width=4"]}
 
 
 def test_every_file_belongs_to_a_group_and_every_group_has_files():
@@ -23,9 +25,10 @@ def test_every_file_belongs_to_a_group_and_every_group_has_files():
 
 @pytest.mark.parametrize("group, name", CHOICES)
 def test_every_choice_builds_a_run(group, name, tmp_path):
-    config = run.compose([f"{group}={name}", f"run_dir={tmp_path}", *NARROW.get(group, [])])
-    if (group, name) == ("trainer", "gpu") and not torch.cuda.is_available():
+    if (group, name) in {("trainer", "gpu"), ("norm", "torch_sync")} and not torch.cuda.is_available():
         pytest.skip("there is no GPU to build a trainer for")
+    narrow = ["model.width=4"] if group in ("model", "experiment") and name != "mlp" else []
+    config = run.compose([f"{group}={name}", f"run_dir={tmp_path}", *narrow])
     trainer, model, data = run.build(config)
     images = torch.randn(2, *data.collate.image_shape)
     assert model(images).shape == (2, data.num_classes)
@@ -34,7 +37,7 @@ def test_every_choice_builds_a_run(group, name, tmp_path):
     assert trainer.num_devices == 1
 
 
-@pytest.mark.parametrize("name", ["sync", "local", "group", "layer", "none"])
+@pytest.mark.parametrize("name", ["sync", "torch_sync", "local", "group", "layer", "none"])
 def test_norm_is_an_axis_of_its_own(name):
     assert ("norm", name) in CHOICES
     assert run.compose([f"norm={name}"]).model == run.compose([]).model
@@ -54,7 +57,7 @@ def test_a_value_that_a_constructor_refuses_is_said_in_one_line(monkeypatch):
     with pytest.raises(InstantiationException) as caught:
         run.build(run.compose(["model.depth=19", "run_name=x"]))
     sentence = run.refusal_in(caught.value)
-    assert "depth must be one of [18, 20, 34, 50, 56, 101, 110, 152, 164], got 19" in sentence
+    assert "depth must be one of [18, 20, 34, 50, 56, 101, 110, 152, 164, 200], got 19" in sentence
     assert "\n" not in sentence
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert run.refusal_in(caught.value) is None

@@ -1,24 +1,14 @@
 """The trainer as a user starts it: from any directory, alone and under torchrun."""
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from cli import TORCHRUN, start
 
-REPOSITORY = Path(__file__).parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SHORT = ["model.width=4", "debug=limit"]
-
-
-def start(command, cwd, **environment):
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
 
 
 @pytest.mark.slow

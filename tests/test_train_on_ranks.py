@@ -105,7 +105,7 @@ class GatheredBuffers(Callback):
     """Notes how far this rank's running averages are from rank 0's."""
 
     def __init__(self):
-        self.training, self.validation = 0.0, 0.0
+        self.training, self.validation = 0.0, None
 
     def distance(self, module):
         worst = 0.0
@@ -119,14 +119,17 @@ class GatheredBuffers(Callback):
         self.training = max(self.training, self.distance(pl_module))
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.validation = max(self.validation, self.distance(pl_module))
+        self.validation = max(self.validation or 0.0, self.distance(pl_module))
 
 
 def buffer_distances(norms):
     as_torchrun()
     distances = []
     for norm in norms:
-        trainer, model, data = build(f"norm={norm}", "trainer.max_steps=3", "trainer.limit_val_batches=1")
+        trainer, model, data = build(
+            *(f"norm={norm}", "+trainer.limit_train_batches=3", "trainer.max_steps=-1", "trainer.max_epochs=1"),
+            "trainer.limit_val_batches=1",
+        )
         watch = GatheredBuffers()
         trainer.callbacks.append(watch)
         trainer.fit(model, datamodule=data)

@@ -1,4 +1,4 @@
-"""What watches a run: equal buffers before an evaluation, images per second, progress, and the history."""
+"""What watches a run: images per second, progress, and the history."""
 
 import logging
 import sys
@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from train.report import draw_curves
+from train.pictures import draw_curves
 
 SECONDS_BETWEEN_FIGURES = 0.5
 EPOCH_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")
@@ -19,49 +18,57 @@ EPOCH_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "im
 log = logging.getLogger(__name__)
 
 
-class BroadcastBuffers(Callback):
-    """Gives every rank rank 0's buffers before a validation, so that all ranks evaluate the model that is saved.
-
-    Synchronized running statistics are equal already; those of `norm=local` are each rank's own.
-    """
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Broadcast, in the same order on every rank."""
-        if trainer.world_size > 1:
-            for buffer in pl_module.buffers():
-                dist.broadcast(buffer, src=0)
-
-
 class Throughput(Callback):
     """Logs `images_per_second` of all ranks together since the epoch began, waiting for the device only to report.
 
+    `data_wait` is the share of this time in which rank 0 waited for its next batch. Validation is not counted.
+
     Args:
-        warmup_steps: left out at the start of the run: allocation, kernel choice, first collectives.
-        every_n_steps: between two figures; the end of an epoch makes one too. Validation is not counted.
+        warmup_steps: left out at the start of the process: allocation, kernel choice, first collectives.
+        every_n_steps: between two figures; the end of an epoch makes one too.
     """
 
     def __init__(self, warmup_steps: int = 5, every_n_steps: int = 20) -> None:
         self.warmup_steps = warmup_steps
         self.every_n_steps = every_n_steps
+        self._steps = 0  # of this process
         self._images = 0
-        self._start = 0.0
+        self._start = self._batch_end = 0.0
+        self._waited = 0.0
         self._past_images = 0
-        self._past_seconds = 0.0
+        self._past_seconds = self._past_waited = 0.0
+
+    figures = ("images_per_second", "data_wait")
 
     @property
-    def mean(self) -> float:
-        """Images per second over all epochs so far; NaN before the first has ended."""
+    def images_per_second(self) -> float:
+        """Images of all ranks per second over all epochs so far; NaN before the first has ended."""
         return self._past_images / self._past_seconds if self._past_seconds else float("nan")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for data over all epochs so far; NaN before the first has ended."""
+        return self._past_waited / self._past_seconds if self._past_seconds else float("nan")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock: a resumed run has no epoch start."""
+        self._steps = 0
         self._restart(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock again."""
+        self._restart(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note how long the batch took to come."""
+        self._waited += time.perf_counter() - self._batch_end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the global batch, on the host alone."""
-        if trainer.global_step <= self.warmup_steps:
+        self._steps += 1
+        if self._steps <= self.warmup_steps:
             self._restart(trainer)
             return
         loader: Any = trainer.train_dataloader
@@ -70,14 +77,17 @@ class Throughput(Callback):
             _finish(trainer)
             seconds = time.perf_counter() - self._start
             pl_module.log("images_per_second", self._images / seconds, prog_bar=True, batch_size=1)
+            pl_module.log("data_wait", self._waited / seconds, batch_size=1)
             if trainer.is_last_batch:
                 self._past_images += self._images
                 self._past_seconds += seconds
+                self._past_waited += self._waited
+        self._batch_end = time.perf_counter()
 
     def _restart(self, trainer: Trainer) -> None:
         _finish(trainer)
-        self._images = 0
-        self._start = time.perf_counter()
+        self._images, self._waited = 0, 0.0
+        self._start = self._batch_end = time.perf_counter()
 
 
 class EpochLines(ProgressBar):

@@ -1,6 +1,7 @@
 """The Lightning module: cross-entropy whose gradient and figures are those of the global batch, however it is split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
+from train import distenv, rng
+from train.mixing import Mixing
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -24,27 +28,30 @@ class Tally(Metric):
     """
 
     full_state_update = False
+    names = ("loss_sum", "correct", "correct_top5", "total")
     loss_sum: Tensor
     correct: Tensor
+    correct_top5: Tensor
     total: Tensor
 
     def __init__(self, over_ranks: bool = True) -> None:
         super().__init__(sync_on_compute=over_ranks)
         self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in self.names[1:]:
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, loss_sum: Tensor, correct: Tensor, total: Tensor) -> None:
-        """Add the sums of a batch."""
-        self.loss_sum += loss_sum.to(self.loss_sum.dtype)
-        self.correct += correct.to(self.correct.dtype)
-        self.total += total.to(self.total.dtype)
+    def update(self, *sums: Tensor) -> None:
+        """Add the sums of a batch, in the order of `names`."""
+        for name, value in zip(self.names, sums, strict=True):
+            state = getattr(self, name)
+            state += value.to(state.dtype)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the mean loss, the accuracy and the two counts."""
+        """Return the mean loss, the accuracies and the counts."""
         return {
             "loss": self.loss_sum / self.total,
             "accuracy": self.correct.double() / self.total,
+            "top5_accuracy": self.correct_top5.double() / self.total,
             "correct": self.correct,
             "total": self.total,
         }
@@ -54,12 +61,23 @@ class ImageClassifier(LightningModule):
     """Trains a network on (images, labels).
 
     A rank may have fewer images than the others, or none: the gradient is that of the mean loss over the global batch.
+    Validation and test run in float32 whatever the precision of training, so that their counts do not depend on how
+    the images are cut into batches.
 
     Args:
         network: images (N, C, H, W) to logits (N, num_classes).
         optimizer: `optimizer(network)` returns the optimizer.
         scheduler: `scheduler(optimizer, total_steps=, steps_per_epoch=)` returns a schedule that is stepped after every
             optimizer step.
+        label_smoothing: probability that a training target gives to all classes alike.
+        mixing: blends pairs of training images and their labels.
+        channels_last: keep images and kernels in NHWC order.
+        config: of the run; every checkpoint keeps it, so that it can be rebuilt from the file alone.
+
+    Attributes:
+        step_sums: of the last training step over all ranks (5,): the sums of `Tally.names`, and how many ranks were
+            asked to stop.
+        stop_requested: whether this rank has been asked to stop.
     """
 
     def __init__(
@@ -67,27 +85,55 @@ class ImageClassifier(LightningModule):
         network: nn.Module,
         optimizer: Callable[[nn.Module], Optimizer] | None = None,
         scheduler: Callable[..., LRScheduler] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        mixing: Mixing | None = None,
+        channels_last: bool = False,
+        config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.mixing = mixing
+        self.config = config
         self.train_tally, self.val_tally, self.test_tally = Tally(over_ranks=False), Tally(), Tally()
+        self.step_sums: Tensor | None = None
+        self.stop_requested = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        return self.network(images)
+        return self.network(images.to(memory_format=self.memory_format))
+
+    def on_train_start(self) -> None:
+        """Give each rank random numbers of its own, for dropout; the first weights were drawn alike on all."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rng.seed_all(rng.mix(data.seed, distenv.rank()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this rank's share of the loss, scaled so that DDP's mean over ranks is the mean over images."""
-        loss_sum, correct, total = _sums(self(batch[0]), batch[1])
-        world = torch.stack([loss_sum.detach().double(), correct.double(), total.double()])
+        images, labels = batch
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        images = data.transform_batch(images, self.current_epoch, batch_idx)
+        targets = labels
+        if self.mixing is not None:
+            images, targets = self.mixing(images, labels, data.seed, self.current_epoch, batch_idx, distenv.rank())
+        logits = self(images)
+        # the sum of soft targets' losses, unlike their mean, needs no number of images
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        stop = labels.new_full((), self.stop_requested, dtype=torch.float64)
+        world = torch.stack([loss_sum.detach().double(), *_counts(logits, labels), stop])
         if self.trainer.world_size > 1:
             dist.all_reduce(world)
-        self.train_tally.update(*world)
+        self.step_sums = world
+        self.train_tally.update(*world[:4])
+        total = world[3]
         for name, figure in (("loss", world[0]), ("accuracy", world[1])):
-            self.log(f"train_{name}_step", figure / world[2], on_step=True, prog_bar=True, batch_size=1)
-        return loss_sum * (self.trainer.world_size / world[2]).to(loss_sum.dtype)
+            self.log(f"train_{name}_step", figure / total, on_step=True, prog_bar=True, batch_size=1)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, batch_size=1)
+        return loss_sum * (self.trainer.world_size / total).to(loss_sum.dtype)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the exact means over the epoch after its last batch, in time for the callbacks at the epoch's end."""
@@ -96,19 +142,22 @@ class ImageClassifier(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count this rank's images."""
-        self.val_tally.update(*_sums(self(batch[0]), batch[1]))
+        self.val_tally.update(*self._evaluated(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and accuracy over all ranks' images."""
         self._log_epoch("val", self.val_tally)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count this rank's images."""
-        self.test_tally.update(*_sums(self(batch[0]), batch[1]))
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Count this rank's images and return their logits."""
+        with exact_float32(batch[0].device):
+            logits = self(batch[0])
+        self.test_tally.update(*_sums(logits, batch[1]))
+        return logits
 
     def on_test_epoch_end(self) -> None:
         """Log the loss, the accuracy and both counts over all ranks' images."""
-        self._log_epoch("test", self.test_tally, counts=True)
+        self._log_epoch("test", self.test_tally, ("top5_accuracy", "correct", "total"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and its schedule, stepped after every optimizer step."""
@@ -122,17 +171,50 @@ class ImageClassifier(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _log_epoch(self, part: str, tally: Tally, counts: bool = False) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the configuration, the names of the classes, and the sums of an epoch that is not over."""
+        checkpoint["config"] = self.config
+        checkpoint["classes"] = self.trainer.datamodule.class_names()  # type: ignore[attr-defined]
+        checkpoint["train_tally"] = [getattr(self.train_tally, name).cpu() for name in Tally.names]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with those sums."""
+        self.train_tally.reset()
+        self.train_tally.update(*checkpoint["train_tally"])
+
+    def _evaluated(self, batch: Batch) -> list[Tensor]:
+        with exact_float32(batch[0].device):
+            return _sums(self(batch[0]), batch[1])
+
+    def _log_epoch(self, part: str, tally: Tally, more: tuple[str, ...] = ()) -> None:
         figures = tally.compute()
         tally.reset()
-        for name in ("loss", "accuracy", "correct", "total") if counts else ("loss", "accuracy"):
+        for name in ("loss", "accuracy", *more):
             shown = name == "accuracy"
             self.log(
                 f"{part}_{name}", figures[name].double(), on_step=False, on_epoch=True, batch_size=1, prog_bar=shown
             )
 
 
-def _sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum of losses, the correct and the total count of one rank's images; there may be none."""
-    correct = (logits.argmax(dim=1) == labels).sum()
-    return F.cross_entropy(logits, labels, reduction="sum"), correct, labels.new_full((), len(labels))
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Compute in float32 without TF32 or autocast, in which counts would depend on the batch size."""
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+
+
+def _sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return the sum of losses and the counts of one rank's images; there may be none."""
+    return [F.cross_entropy(logits, labels, reduction="sum"), *_counts(logits, labels)]
+
+
+def _counts(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return how many are right, how many have the right class among five, and how many there are, as float64."""
+    best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    right, right_top5 = best[:, 0].sum().double(), best.sum().double()
+    return [right, right_top5, torch.full_like(right, len(labels))]

@@ -1,16 +1,22 @@
 """The data module: which images train, validate and test, how they are prepared, and how the ranks share them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from train import distenv
-from train.datasets import Splits, hold_out
+from train.augment import BatchTransform
+from train.datasets import Splits, fewer, hold_out
 from train.distenv import Refusal
+from train.rng import mix
 from train.samplers import Collate, GlobalBatchSampler, PreparedImages
+from train.stop import ignore_signals
 
+RECALIBRATION_EPOCH = 2**31  # its order and augmentation are no training epoch's
 VALIDATION_SEED = 0  # one validation part for every run, whatever its seed
 
 
@@ -26,10 +32,12 @@ class ImageData(LightningDataModule):
         global_batch_size: images that all ranks together take in one step.
         batch_size_per_rank: if given, the global batch has this many for each rank instead.
         eval_batch_size: images that all ranks together validate or test in one step.
-        train_transforms: augmentation.
+        train_transforms: augmentation of single images, by the processes that load them.
+        batch_transforms: augmentation of a batch on the device, see `train.augment`.
         eval_transforms: what validation and test need, such as a resize.
         val_fraction: part of the train set held out to choose the best checkpoint. With 0 the test set is also the
             validation set: then only the last checkpoint has an honest test accuracy.
+        num_train: images of the train set to use, chosen alike for every seed; all of them by default.
         seed: of the order and the augmentation. The parts are chosen without it.
         root: directory of the files, for the sources that have any.
         download: fetch missing files once for each node.
@@ -50,8 +58,10 @@ class ImageData(LightningDataModule):
         batch_size_per_rank: int | None = None,
         eval_batch_size: int = 512,
         train_transforms: Sequence[nn.Module] = (),
+        batch_transforms: Sequence[BatchTransform] = (),
         eval_transforms: Sequence[nn.Module] = (),
         val_fraction: float = 0.1,
+        num_train: int | None = None,
         seed: int = 0,
         root: str | None = None,
         download: bool = False,
@@ -70,14 +80,18 @@ class ImageData(LightningDataModule):
             )
         self.eval_batch_size = eval_batch_size
         self.train_transforms = train_transforms
+        self.batch_transforms = batch_transforms
         self.eval_transforms = eval_transforms
         self.collate = Collate((in_channels, image_size, image_size), mean, std)
         self.val_fraction = val_fraction
+        self.num_train = num_train
         self.seed = seed
         self.root = root
         self.download = download
         self.num_workers = num_workers
         self.shuffle = shuffle
+        self.classes: list[str] | None = None
+        self.resume_at = (0, 0)  # epoch and batch that training begins with
 
     def prepare_data(self) -> None:
         """Download once for each node, if asked to."""
@@ -91,15 +105,38 @@ class ImageData(LightningDataModule):
             Refusal: files are missing; on every rank that misses them.
         """
         splits = self.source(root=self.root, download=False)
+        if self.num_train:
+            splits = fewer(splits, self.num_train, VALIDATION_SEED)
         self.test_set = splits.test
+        self.classes = splits.classes
         if self.val_fraction:
             self.train_set, self.val_set = hold_out(splits, self.val_fraction, VALIDATION_SEED)
         else:
             self.train_set, self.val_set = splits.train, splits.test
 
+    def class_names(self) -> list[str]:
+        """Return a name for each class, its number where the files have none."""
+        return self.classes or [str(label) for label in range(self.num_classes)]
+
     def train_dataloader(self) -> DataLoader:
         """Return the augmented train set in this epoch's order."""
-        return self._loader(self.train_set, self.train_transforms, self.global_batch_size, self.shuffle)
+        loader = self._loader(self.train_set, self.train_transforms, self.global_batch_size, self.shuffle)
+        # Lightning starts the first epoch's workers before it calls `set_epoch`
+        loader.batch_sampler.resume_at(*self.resume_at)  # type: ignore[union-attr]
+        return loader
+
+    def recalibration_batches(self, num_batches: int) -> Iterator[Tensor]:
+        """Yield this rank's images of some global batches of the train set, augmented, and always the same ones."""
+        loader = self._loader(self.train_set, self.train_transforms, self.global_batch_size, True, workers=0)
+        loader.batch_sampler.set_epoch(RECALIBRATION_EPOCH)  # type: ignore[union-attr]
+        for batch_idx, (images, _) in enumerate(islice(loader, num_batches)):
+            yield self.transform_batch(images, RECALIBRATION_EPOCH, batch_idx)
+
+    def transform_batch(self, images: Tensor, epoch: int, batch_idx: int) -> Tensor:
+        """Return this rank's images of a global batch of the train set after its augmentation as a batch."""
+        for transform in self.batch_transforms:
+            images = transform(images, seed=mix(self.seed, epoch, batch_idx), global_batch_size=self.global_batch_size)
+        return images
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation set, every image once over all ranks."""
@@ -110,7 +147,12 @@ class ImageData(LightningDataModule):
         return self._loader(self.test_set, self.eval_transforms, self.eval_batch_size, shuffle=False)
 
     def _loader(
-        self, dataset: Dataset, transforms: Sequence[nn.Module], global_batch_size: int, shuffle: bool
+        self,
+        dataset: Dataset,
+        transforms: Sequence[nn.Module],
+        global_batch_size: int,
+        shuffle: bool,
+        workers: int | None = None,
     ) -> DataLoader:
         images = PreparedImages(dataset, transforms, self.seed)
         sampler = GlobalBatchSampler(
@@ -121,11 +163,14 @@ class ImageData(LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
         )
+        num_workers = self.num_workers if workers is None else workers
         return DataLoader(
             images,
             batch_sampler=sampler,
             collate_fn=self.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             pin_memory=distenv.accelerator() == "gpu",
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # otherwise every epoch takes a number from the one that dropout uses
         )

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +19,31 @@ DIGITS_SPLIT_SEED = 0
 
 
 class Splits(NamedTuple):
-    """A train and a test data set, and the labels of the train set where they are known without reading its images."""
+    """A train and a test data set.
+
+    Attributes:
+        train_labels: where they are known without reading the images.
+        classes: their names, if they have any.
+    """
 
     train: Dataset
     test: Dataset
-    train_labels: list[int] | None
+    train_labels: list[int] | None = None
+    classes: list[str] | None = None
+
+
+def unreadable(name: str, error: Exception) -> Refusal:
+    """Return the refusal for an image file that is there and cannot be read."""
+    return Refusal(f"{name} cannot be read ({error}): replace or remove the file")
+
+
+def image_name(dataset: Dataset, index: int) -> str:
+    """Return the path of an image, or its index where it has none."""
+    source: Any = dataset
+    while isinstance(source, Subset):
+        source, index = source.dataset, source.indices[index]
+    samples = getattr(source, "samples", None)
+    return str(samples[index][0]) if samples else f"image {index}"
 
 
 def digits(root: str | None = None, download: bool = False) -> Splits:
@@ -60,12 +81,23 @@ def torchvision_dataset(root: str, download: bool = False, *, factory: Callable[
             f"{name} could not be downloaded into {where} ({error}): put its files there, or name their directory with "
             "data.root=DIR"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, UnpicklingError) as error:
         raise Refusal(
             f"{name} is missing or damaged in {where}: add data.download=true to download it there, or data.root=DIR "
             "to name the directory that has it"
         ) from error
-    return Splits(train, test, [int(label) for label in train.targets])  # type: ignore[attr-defined]
+    labels = [int(label) for label in train.targets]  # type: ignore[attr-defined]
+    return Splits(in_memory(train), in_memory(test), labels, getattr(train, "classes", None))
+
+
+def in_memory(dataset: Any) -> Dataset:
+    """Return a data set whose `data` holds all images (N, H, W) or (N, H, W, 3) as one of tensors (N, C, H, W).
+
+    A tensor is indexed and augmented faster than PIL's images, and a batch of them in one piece.
+    """
+    images = torch.as_tensor(dataset.data)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return TensorDataset(images, torch.as_tensor(dataset.targets))
 
 
 def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Splits:
@@ -92,7 +124,7 @@ def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Split
                 f"data.num_classes is {num_classes} and {part.root} has {len(part.classes)} class folders: "
                 f"set data.num_classes={len(part.classes)}"
             )
-    return Splits(parts[0], parts[1], parts[0].targets)
+    return Splits(parts[0], parts[1], parts[0].targets, parts[0].classes)
 
 
 def fake(
@@ -109,7 +141,6 @@ def fake(
     return Splits(
         datasets.FakeData(num_train, shape, num_classes),
         datasets.FakeData(num_test, shape, num_classes, random_offset=num_train),
-        None,
     )
 
 
@@ -117,4 +148,27 @@ def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Datas
     """Return the train set without a validation part, and that part: stratified by label, chosen by the seed alone."""
     size = len(splits.train)  # type: ignore[arg-type]
     train, val = train_test_split(np.arange(size), test_size=fraction, stratify=splits.train_labels, random_state=seed)
-    return Subset(splits.train, train.tolist()), Subset(splits.train, val.tolist())
+    return _select(splits.train, train), _select(splits.train, val)
+
+
+def fewer(splits: Splits, num_train: int, seed: int) -> Splits:
+    """Return splits with `num_train` images to train on, stratified by label and chosen by the seed alone.
+
+    Raises:
+        Refusal: there are not so many.
+    """
+    size = len(splits.train)  # type: ignore[arg-type]
+    if not 0 < num_train <= size:
+        raise Refusal(f"data.num_train must be between 1 and the {size} images there are, got {num_train}")
+    if num_train == size:
+        return splits
+    labels = splits.train_labels
+    index, _ = train_test_split(np.arange(size), train_size=num_train, stratify=labels, random_state=seed)
+    kept = None if labels is None else [labels[i] for i in index]
+    return splits._replace(train=_select(splits.train, index), train_labels=kept)
+
+
+def _select(dataset: Dataset, index: np.ndarray) -> Dataset:
+    if isinstance(dataset, TensorDataset):
+        return TensorDataset(*dataset[index])
+    return Subset(dataset, index.tolist())

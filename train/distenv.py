@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from datetime import datetime, timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
@@ -55,16 +55,35 @@ def run_stamp() -> str:
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
     if world_size() == 1:
         return now
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not has_agent_store():
         raise Refusal(
             "the ranks must agree on one run directory, and this launcher keeps no store they could agree in: "
             "start with torchrun, or name the directory with run_name=..."
         )
+    return agent_store().compare_set("train/run_stamp", "", now).decode()
+
+
+def agreed(key: str, value: str) -> str:
+    """Return rank 0's value on every rank, before there is a process group; each its own without torchrun's store."""
+    if world_size() == 1 or not has_agent_store():
+        return value
+    store = agent_store()
+    if rank() == 0:
+        store.set(f"train/{key}", value)
+    return store.get(f"train/{key}").decode()
+
+
+def has_agent_store() -> bool:
+    """Whether torchrun keeps a store for the whole job, restarts included."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def agent_store() -> Any:
+    """Return a new connection to that store."""
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
-    return store.compare_set("train/run_stamp", "", now).decode()
+    return TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT)
 
 
 def register_resolvers() -> None:

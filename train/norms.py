@@ -1,22 +1,101 @@
 """What `norm=` chooses: how a network normalizes a number of channels, and what makes that span the ranks."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 from lightning.pytorch.plugins import LayerSync
 from torch import nn
+
+import syncbn
+from train import distenv
+from train.distenv import Refusal
+from train.plugins import SyncBatchNormPlugin, TorchSyncBatchNormPlugin
+
+FEW_IMAGES = 16  # error grows below it: Wu & He 2018, figure 1
 
 
 class Norm(NamedTuple):
     """A choice of normalization.
 
     Attributes:
-        layer: `layer(num_channels)` returns a new module for (N, num_channels, H, W).
+        layer: `layer(num_channels)` returns a new module for (N, num_channels, H, W). One that activates its output
+            itself says so in an attribute `activation`.
         sync: the Lightning plugin that synchronizes it, if it is synchronized. A single process needs none.
+        ranks: over whose images a batch statistic is taken: "world", "node", a number of ranks; None if there is none.
     """
 
     layer: Callable[[int], nn.Module]
     sync: LayerSync | None = None
+    ranks: int | str | None = None
+
+    def num_ranks(self) -> int:
+        """Return over how many ranks a batch statistic is taken; 0 if there is none."""
+        known = {"world": distenv.world_size(), "node": distenv.local_world_size(), None: 0}
+        return known[self.ranks] if self.ranks in known else int(self.ranks)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raise Refusal, on every rank, where these ranks cannot train with it."""
+        world_size = distenv.world_size()
+        if self.ranks not in ("world", "node", None) and (not isinstance(self.ranks, int) or world_size % self.ranks):
+            sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+            raise Refusal(
+                f"norm.group must be world, node or a number that divides the {world_size} ranks, got {self.ranks}: "
+                f"use {sizes}"
+            )
+        if isinstance(self.sync, TorchSyncBatchNormPlugin) and distenv.accelerator() != "gpu":
+            raise Refusal(
+                "norm=torch_sync needs a GPU for every rank, as torch.nn.SyncBatchNorm has no CPU code: use norm=sync"
+            )
+
+    def batch_line(self, images_per_rank: float) -> str:
+        """Return over how many images a batch statistic is taken, with a warning where they are few."""
+        ranks = self.num_ranks()
+        if not ranks:
+            return "no batch statistics"
+        images = ranks * images_per_rank
+        group = {"world": "all ranks", "node": "group node", 1: "each rank alone"}.get(
+            self.ranks,
+            f"groups of {self.ranks}",
+        )
+        line = f"BN batch = {ranks} x {images_per_rank:g} = {images:g} over {group}"
+        if images >= FEW_IMAGES:
+            return line
+        return (
+            f"{line}; warning: statistics of fewer than {FEW_IMAGES} images are noisy, synchronize more ranks "
+            "(norm=sync norm.group=world), enlarge the batch or use norm=group"
+        )
+
+
+def batch_norm(num_channels: int, activation: str = "identity", temperature: float = 1.0) -> nn.Module:
+    """Return torch's BatchNorm2d, or this project's layer where it has to do more than normalize."""
+    if activation == "identity" and temperature == 1:
+        return nn.BatchNorm2d(num_channels)
+    return syncbn.BatchNorm(num_channels, activation=activation, temperature=temperature)
+
+
+def local(activation: str = "identity", temperature: float = 1.0) -> Norm:
+    """Return BatchNorm over each rank's own images."""
+    return Norm(partial(batch_norm, activation=activation, temperature=temperature), ranks=1)
+
+
+def synchronized(
+    group: int | Literal["world", "node"] = "world", activation: str = "identity", temperature: float = 1.0
+) -> Norm:
+    """Return BatchNorm over the images of several ranks.
+
+    Args:
+        group: all ranks ("world"), those of a node, or so many consecutive ones.
+        activation: identity, relu, leaky_relu or silu, fused into the layer.
+        temperature: factor on the normalized output.
+    """
+    layer = partial(batch_norm, activation=activation, temperature=temperature)
+    return Norm(layer, SyncBatchNormPlugin(group), group)
+
+
+def torch_synchronized() -> Norm:
+    """Return torch's own SyncBatchNorm over all ranks, to compare with."""
+    return Norm(nn.BatchNorm2d, TorchSyncBatchNormPlugin(), "world")
 
 
 def group_norm(num_channels: int, num_groups: int = 32) -> nn.GroupNorm:

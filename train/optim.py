@@ -1,13 +1,13 @@
 """The optimizer and its schedule: no decay on norms and biases, a rate per 256 images, a change after every step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 RATE_IMAGES = 256
 
@@ -60,6 +60,56 @@ def warmup_cosine(
     )
 
 
+def warmup_steps(
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    milestones: Sequence[float],
+    gamma: float = 0.1,
+    warmup_epochs: float = 0.0,
+    warmup_factor: float = 0.1,
+) -> LambdaLR:
+    """Return a rate that is multiplied by `gamma` at each milestone, and by `warmup_factor` before `warmup_epochs`.
+
+    Args:
+        milestones: shares of the whole run, such as 0.5 and 0.75.
+
+    Source: He et al. 2016, Identity Mappings, appendix: 0.01 for the first 400 steps, then 0.1, divided by 10 twice.
+    """
+    if sorted(milestones) != list(milestones) or not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(f"expected rising milestones between 0 and 1, shares of the run, got {list(milestones)}")
+    course = partial(
+        _steps_factor,
+        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        warmup_factor=warmup_factor,
+        milestones=[round(milestone * total_steps) for milestone in milestones],
+        gamma=gamma,
+    )
+    return LambdaLR(optimizer, course)
+
+
+def one_cycle(
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    warmup_fraction: float = 0.3,
+    start_factor: float = 0.04,
+    final_factor: float = 1e-4,
+) -> OneCycleLR:
+    """Return a rise to the optimizer's rate and a fall far below it, momentum the other way (Smith & Topin 2018)."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(
+        optimizer,
+        peaks,
+        total_steps=total_steps + 1,  # it is stepped once more after the last step
+        pct_start=warmup_fraction,
+        div_factor=1 / start_factor,
+        final_div_factor=start_factor / final_factor,
+    )
+
+
 def constant(optimizer: Optimizer, *, total_steps: int, steps_per_epoch: float) -> LambdaLR:
     """Return a schedule that leaves the rate alone."""
     return LambdaLR(optimizer, _one)
@@ -70,6 +120,13 @@ def _warmup_cosine_factor(step: int, *, total_steps: int, warmup_steps: int, fin
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def _steps_factor(
+    step: int, *, warmup_steps: int, warmup_factor: float, milestones: Sequence[int], gamma: float
+) -> float:
+    factor = gamma ** sum(step >= milestone for milestone in milestones)
+    return factor * warmup_factor if step < warmup_steps else factor
 
 
 def _one(step: int) -> float:

@@ -1,35 +1,110 @@
 """How Lightning runs on several ranks: this project's layer in place of torch's, and DDP set up for it."""
 
 import inspect
+import io
+import os
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from lightning.pytorch.plugins import LayerSync
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import LayerSync, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from train import distenv
+from train.distenv import Refusal
 
 
 class SyncBatchNormPlugin(LayerSync):
-    """BatchNorm over the images of all ranks while fitting, plain BatchNorm before and after."""
+    """BatchNorm over the images of several ranks while fitting, plain BatchNorm before and after.
+
+    Args:
+        group: all ranks ("world"), those of a node ("node"), or so many consecutive ones.
+    """
+
+    def __init__(self, group: int | Literal["world", "node"] = "world") -> None:
+        self.group = group
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the model with synchronized BatchNorm; Lightning calls it when the process group is up."""
-        return syncbn.convert_sync_batchnorm(model)
+        group = None if self.group == "world" else syncbn.new_sync_groups(self.group)
+        return syncbn.convert_sync_batchnorm(model, group)
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Return the model with the BatchNorm classes it had."""
         return syncbn.revert_sync_batchnorm(model)
 
 
+class TorchSyncBatchNormPlugin(LayerSync):
+    """torch.nn.SyncBatchNorm over all ranks, which evaluates without communication too."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return the model with torch's layers."""
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Return the model as it is: Lightning's own way back loses modes and classes."""
+        return model
+
+
+class AtomicFiles(TorchCheckpointIO):
+    """Checkpoint files that are whole or not there, on every file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside the file and then put it in its place.
+
+        Raises:
+            Refusal: there is no space left, or the directory cannot be written.
+        """
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".part").open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            path.with_suffix(".part").replace(path)
+        except OSError as error:
+            raise Refusal(
+                f"the checkpoint {path} cannot be written ({error.strerror}): make space or name another "
+                "directory with run_dir=DIR; what was there before is whole"
+            ) from error
+
+
+class Restartable(DDPStrategy):
+    """DDP whose process group can be made again when torchrun restarts the ranks of a run.
+
+    torchrun's store outlives the ranks, and torch (2.14) would take the addresses of dead ones from it: so every life
+    of a run gets keys of its own.
+    """
+
+    def setup_distributed(self) -> None:
+        """Make the process group, unless there is one."""
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if life != "0" and distenv.has_agent_store() and not dist.is_initialized():
+            device = self.root_device
+            dist.init_process_group(
+                self._get_process_group_backend(),
+                store=dist.PrefixStore(f"life_{life}", distenv.agent_store()),
+                rank=distenv.rank(),
+                world_size=distenv.world_size(),
+                timeout=self._timeout,
+                device_id=None if device.type == "cpu" else device,
+            )
+        super().setup_distributed()
+
+
 def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameters: bool = False) -> Strategy | str:
     """Return DDP for several ranks (NCCL on GPUs, gloo on CPUs), and "auto" for one.
 
     DDP does not broadcast buffers before every forward: synchronized running statistics are equal anyway, and those of
-    `norm=local` are made equal before an evaluation by `callbacks.BroadcastBuffers`.
+    `norm=local` are made equal before an evaluation by `statistics.EqualBuffers`.
 
     Args:
         accelerator: "gpu" or "cpu".
@@ -41,7 +116,7 @@ def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameter
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {broadcast: False, "find_unused_parameters": find_unused_parameters}
-    return DDPStrategy(
+    return Restartable(
         process_group_backend="nccl" if accelerator == "gpu" else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
         **options,

@@ -13,6 +13,24 @@ NormFactory = Callable[[int], nn.Module]
 SMALL_IMAGE = 64  # pixels a side, up to which the 7x7 stem and its pooling would leave too little to see
 
 
+def normalize_and_activate(norm: nn.Module, x: Tensor, order: str = "bn_relu") -> Tensor:
+    """Return relu(norm(x)), or norm(relu(x)) for the order "relu_bn"; a norm that activates by itself is left alone."""
+    if order == "relu_bn":
+        return norm(x.relu())
+    activates = getattr(norm, "activation", "identity") != "identity"
+    return norm(x) if activates else norm(x).relu()
+
+
+def check_order(order: str, norm: nn.Module) -> None:
+    """Raise ValueError for an order that is not known, or that a norm with an activation of its own cannot have."""
+    if order not in ("bn_relu", "relu_bn"):
+        raise ValueError(f"order must be bn_relu or relu_bn, got {order}")
+    if order == "relu_bn" and getattr(norm, "activation", "identity") != "identity":
+        raise ValueError(
+            "order=relu_bn activates before the norm, and this norm activates after it: set norm.activation=identity"
+        )
+
+
 class _PreActUnit(nn.Module):
     """A residual unit; a subclass adds the branch.
 
@@ -24,6 +42,8 @@ class _PreActUnit(nn.Module):
         conv_bias: whether the convolutions have a bias, for a norm that shifts nothing.
         share_preactivation: the shortcut takes the activated input too, as in the first unit of a network; a unit that
             changes the shape always does.
+        order: "bn_relu", or "relu_bn" to normalize what has been activated.
+        dropout: share of the values that are zeroed before the last convolution.
     """
 
     expansion: int
@@ -37,8 +57,12 @@ class _PreActUnit(nn.Module):
         *,
         conv_bias: bool = False,
         share_preactivation: bool = False,
+        order: str = "bn_relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.order = order
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         out_channels = width * self.expansion
         self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
@@ -55,9 +79,14 @@ class _PreActUnit(nn.Module):
         """Return the residual for an input that is normalized and activated."""
         raise NotImplementedError
 
+    @property
+    def last_convolution(self) -> nn.Conv2d:
+        """The one that the addition follows."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """Return shortcut + residual: (N, in_channels, H, W) to (N, width * expansion, H / stride, W / stride)."""
-        activated = self.norm1(x).relu()
+        activated = normalize_and_activate(self.norm1, x, self.order)
         identity = activated if self.share_preactivation else x
         if self.shortcut is not None:
             identity = self.shortcut(identity)
@@ -77,7 +106,13 @@ class PreActBlock(_PreActUnit):
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return the residual for an input that is normalized and activated."""
-        return self.conv2(self.norm2(self.conv1(activated)).relu())
+        residual = normalize_and_activate(self.norm2, self.conv1(activated), self.order)
+        return self.conv2(self.dropout(residual))
+
+    @property
+    def last_convolution(self) -> nn.Conv2d:
+        """The one that the addition follows."""
+        return self.conv2
 
 
 class PreActBottleneck(_PreActUnit):
@@ -95,8 +130,14 @@ class PreActBottleneck(_PreActUnit):
 
     def branch(self, activated: Tensor) -> Tensor:
         """Return the residual for an input that is normalized and activated."""
-        residual = self.conv2(self.norm2(self.conv1(activated)).relu())
-        return self.conv3(self.norm3(residual).relu())
+        residual = normalize_and_activate(self.norm2, self.conv1(activated), self.order)
+        residual = normalize_and_activate(self.norm3, self.conv2(residual), self.order)
+        return self.conv3(self.dropout(residual))
+
+    @property
+    def last_convolution(self) -> nn.Conv2d:
+        """The one that the addition follows."""
+        return self.conv3
 
 
 class PreActResNet(nn.Module):
@@ -111,6 +152,10 @@ class PreActResNet(nn.Module):
         num_classes: outputs.
         in_channels: channels of the images.
         small_stem: a 3x3 convolution with stride 1; otherwise 7x7 with stride 2 and 3x3 max pooling with stride 2.
+        order: "bn_relu" as published, or "relu_bn".
+        dropout: share of the values that are zeroed before the last convolution of a unit.
+        zero_init: start the last convolution of every unit at 0, so that the network starts as its shortcuts. No
+            norm follows it here; with post-activation the last norm's weight starts at 0 instead (Goyal et al. 2017).
     """
 
     def __init__(
@@ -123,9 +168,15 @@ class PreActResNet(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         small_stem: bool = True,
+        order: str = "bn_relu",
+        dropout: float = 0.0,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
-        conv_bias = next(norm_layer(width).parameters(), None) is None
+        sample = norm_layer(width)
+        check_order(order, sample)
+        self.order = order
+        conv_bias = next(sample.parameters(), None) is None
         self.stem = _stem(in_channels, width, small_stem, conv_bias)
         stages, channels = [], width
         for stage, count in enumerate(units):
@@ -140,6 +191,8 @@ class PreActResNet(nn.Module):
                         norm_layer,
                         conv_bias=conv_bias,
                         share_preactivation=stage == unit == 0,
+                        order=order,
+                        dropout=dropout,
                     )
                 )
                 channels = stage_width * block.expansion
@@ -148,10 +201,14 @@ class PreActResNet(nn.Module):
         self.norm = norm_layer(channels)
         self.head = nn.Linear(channels, num_classes)
         self.apply(_initialize)
+        if zero_init:
+            for module in self.modules():
+                if isinstance(module, _PreActUnit):
+                    nn.init.zeros_(module.last_convolution.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images (N, in_channels, H, W); N may be 0."""
-        features = self.norm(self.stages(self.stem(x))).relu()
+        features = normalize_and_activate(self.norm, self.stages(self.stem(x)), self.order)
         return self.head(features.mean((2, 3)))
 
 
@@ -169,6 +226,7 @@ FORMS = {
     50: _Form(PreActBottleneck, (3, 4, 6, 3), 64),
     101: _Form(PreActBottleneck, (3, 4, 23, 3), 64),
     152: _Form(PreActBottleneck, (3, 8, 36, 3), 64),
+    200: _Form(PreActBottleneck, (3, 24, 36, 3), 64),
     20: _Form(PreActBlock, (3, 3, 3), 16),
     56: _Form(PreActBlock, (9, 9, 9), 16),
     110: _Form(PreActBlock, (18, 18, 18), 16),
@@ -184,13 +242,17 @@ def preact_resnet(
     in_channels: int = 3,
     image_size: int = 224,
     width: int | None = None,
+    order: str = "bn_relu",
+    dropout: float = 0.0,
+    zero_init: bool = False,
 ) -> PreActResNet:
     """Return the network of a published depth.
 
     Args:
-        depth: 18, 34, 50, 101 or 152 (four stages), or 20, 56, 110 or 164 (three stages, for small images).
+        depth: 18, 34, 50, 101, 152 or 200 (four stages), or 20, 56, 110 or 164 (three stages, for small images).
         image_size: pixels a side; up to 64 the stem keeps the resolution (18 then is PreAct-18 for CIFAR).
         width: channels of the first stage, if not the published 64 or 16.
+        order, dropout, zero_init: see `PreActResNet`.
 
     Raises:
         ValueError: a depth that is not in the table.
@@ -206,6 +268,9 @@ def preact_resnet(
         num_classes=num_classes,
         in_channels=in_channels,
         small_stem=len(form.units) == 3 or image_size <= SMALL_IMAGE,
+        order=order,
+        dropout=dropout,
+        zero_init=zero_init,
     )
 
 

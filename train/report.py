@@ -1,63 +1,83 @@
-"""The record of a run: curves, a report, and one line that machines read."""
+"""The record of a run: a report, its figures, and one line that machines read."""
 
 import json
-from collections.abc import Mapping, Sequence
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+import torch
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-TRAIN, VAL, RATE = "#4477AA", "#EE6677", "#228833"  # Paul Tol's bright palette, safe for colour-blind readers
+PICTURES = {
+    "curves.png": "loss, accuracy, learning rate and throughput over the epochs",
+    "confusion.png": "labels and predictions of the test images",
+    "mistakes.png": "the test images misclassified with the most confidence",
+}
 
 
-def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[float, float]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs.
-
-    Args:
-        epochs: for each epoch `epoch` and, where known, `train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`.
-        rates: (epochs done, learning rate).
-        path: of the picture.
-    """
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
-        for part, label, colour in (("train", "train (running)", TRAIN), ("val", "validation", VAL)):
-            points = [(row["epoch"], row[f"{part}_{what}"]) for row in epochs if f"{part}_{what}" in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=".", linewidth=1.8)
-        axes.legend(frameon=False)
-    loss.set(title="Cross-entropy", ylabel="mean over images", yscale="log")
-    accuracy.set(title="Accuracy", ylabel="images classified correctly")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    rate.plot([epoch for epoch, _ in rates], [value for _, value in rates], color=RATE, linewidth=1.8)
-    rate.set(title="Learning rate", ylabel="rate of one step")
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+def environment(trainer: Trainer) -> dict[str, str]:
+    """Return what the figures were measured with: versions, source, device and world."""
+    device = trainer.strategy.root_device
+    versions = {name: version(name) for name in ("torch", "torchvision", "lightning", "hydra-core")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return {
+        "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),
+        "Python": platform.python_version(),
+        "commit": commit(),
+        "device": name,
+        "world": f"{trainer.world_size} ranks on {trainer.num_nodes} nodes",
+        "precision": str(trainer.precision),
+    }
 
 
-def write_report(directory: Path, figures: Mapping[str, object], command: str) -> Path:
+def commit() -> str:
+    """Return the commit of this source, "with changes" where files differ from it, or "none" outside of a clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return found.stdout.strip() + (" with changes" if changes.stdout.strip() else "")
+
+
+def write_report(
+    directory: Path, figures: Mapping[str, object], command: str, environment: Mapping[str, str], config: str
+) -> Path:
     """Write `report.md` and `result.json` into the run's directory and return the former's path.
 
     Args:
         figures: the names and values of the table.
         command: that repeats the run.
+        environment: names and values of what it was measured with.
+        config: the configuration in YAML.
     """
-    (directory / "result.json").write_text(json.dumps(figures, indent=2) + "\n")
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in figures.items())
-    curves = "\n![loss, accuracy and learning rate over the epochs](curves.png)\n"
+    (directory / "result.json").write_text(json.dumps({**figures, "environment": environment}, indent=2) + "\n")
+    shown = [f"![{text}]({name})\n" for name, text in PICTURES.items() if (directory / name).exists()]
     path = directory / "report.md"
     path.write_text(
-        f"# {directory.name}\n\n    {command}\n\n| | |\n|---|---|\n{rows}\n"
-        + (curves if (directory / "curves.png").exists() else "")
-        + "\nEvery epoch: `csv/metrics.csv`; configuration: `config.yaml`; weights: `checkpoints/`.\n"
+        "\n".join(
+            [
+                f"# {directory.name}\n\n    {command}\n",
+                _markdown_table(figures),
+                *shown,
+                "Measured with:\n",
+                _markdown_table(environment),
+                f"Configuration:\n\n```yaml\n{config}```\n",
+                "Every logged row: `csv/metrics.csv`; weights: `checkpoints/`.\n",
+            ]
+        )
     )
     return path
+
+
+def _markdown_table(rows: Mapping[str, object]) -> str:
+    lines = [f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
 
 
 def print_table(figures: Mapping[str, object]) -> None:

@@ -2,15 +2,12 @@
 
 import logging
 import os
-import platform
 import shlex
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.hydra_config import HydraConfig
@@ -21,12 +18,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, report
-from train.callbacks import Throughput
+from train import distenv, pictures, report, resume
+from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
+from train.evaluation import Findings
 from train.norms import Norm
+from train.plugins import AtomicFiles
+from train.timing import TimeShares
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +38,39 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         return hydra_compose("train", overrides or [])
 
 
-def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
-    """Return what a configuration describes, untrained; every rank calls it."""
-    norm: Norm = instantiate(config.norm)
+def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
+    """Return the untrained model of a configuration, and its data."""
     data: ImageData = instantiate(config.data)
-    network = instantiate(config.model, norm_layer=norm.layer)
+    network = instantiate(config.model, norm_layer=instantiate(config.norm).layer)
+    if str(config.trainer.precision).startswith("64"):
+        network.double()  # Lightning does so after it has loaded a checkpoint, whose digits would be lost
+    if config.compile:
+        network.compile(fullgraph=True)
+    images_per_update = data.global_batch_size * config.trainer.accumulate_grad_batches
     model = ImageClassifier(
         network,
-        instantiate(config.optimizer, global_batch_size=data.global_batch_size),
+        instantiate(config.optimizer, global_batch_size=images_per_update),
         instantiate(config.scheduler),
+        label_smoothing=config.label_smoothing,
+        mixing=instantiate(config.mixing),
+        channels_last=config.channels_last,
+        config=OmegaConf.to_container(config),  # type: ignore[arg-type]
     )
+    return model, data
+
+
+def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
+    """Return what a configuration describes, untrained; every rank calls it."""
+    model, data = build_model(config)
+    sync = instantiate(config.norm).sync
     trainer: Trainer = instantiate(
         config.trainer,
         callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
-        plugins=[norm.sync] if norm.sync else None,
+        plugins=[AtomicFiles(), *([sync] if sync else [])],
     )
+    # Lightning asks rank 0 before every step whether to stop and waits for the answer; `Snapshots` needs no wait
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
     return trainer, model, data
 
 
@@ -65,24 +82,47 @@ def fit(config: DictConfig) -> dict[str, float]:
     Returns:
         the last epoch's figures, and `test_loss`, `test_accuracy`, `test_correct` and `test_total`.
     """
-    _quiet()
+    quiet()
     directory = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
+    norm: Norm = instantiate(config.norm)
+    norm.check()
+    path = resume.find(config)
     trainer, model, data = build(config)
+    if path is not None:
+        checkpoint = resume.load(path)
+        resume.check(path, checkpoint, config, norm, model.network, data.global_batch_size)
+        for logger, state in zip(trainer.loggers, checkpoint["snapshot"]["loggers"], strict=False):
+            if state is not None and hasattr(logger, "resume"):
+                logger.resume(state)
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, directory / "config.yaml", resolve=True)
         _say(_headline(config, trainer, data))
+        _say(norm.batch_line(data.global_batch_size / trainer.world_size))
+        if path is not None:
+            _say(f"resumed from {path}, after step {checkpoint['global_step']}")
     start = time.perf_counter()
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True if path else None)
     seconds = time.perf_counter() - start
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = _last_epoch(trainer)
     epochs = trainer.current_epoch
-    trainer.test(model, datamodule=data, ckpt_path=_checkpoint(config, trainer), verbose=False)
+    if config.test_checkpoint != "last":
+        model.load_state_dict(resume.load(_best_checkpoint(trainer))["state_dict"])
+    findings = Findings(data.num_classes)
+    trainer.callbacks.append(findings)  # type: ignore[attr-defined]
+    trainer.test(model, datamodule=data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
         figures = _figures(config, trainer, metrics, epochs, seconds)
-        path = report.write_report(directory, figures, _command())
+        classes = data.class_names()
+        pictures.draw_confusion(findings.confusion, classes, directory / "confusion.png")
+        pictures.draw_mistakes(
+            findings.mistakes, classes, data.collate.mean, data.collate.std, directory / "mistakes.png"
+        )
+        path = report.write_report(
+            directory, figures, _command(), report.environment(trainer), OmegaConf.to_yaml(config)
+        )
         report.print_table(figures)
         print(f"report: {path}")
         _say(report.result_line(figures))
@@ -99,11 +139,26 @@ def refusal_in(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Refusal):
-            return str(cause)
+            return str(cause).split("Refusal: ")[-1].strip()  # a process that loads images adds its traceback
         cause = cause.__cause__
     if isinstance(error, InstantiationException | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None
+
+
+def quiet() -> None:
+    """Leave out what Lightning says to those who have chosen otherwise on purpose.
+
+    The figures need no `sync_dist`: they are sums over all ranks already, and its means are wrong for uneven ranks.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        *(".*does not have many workers.*", ".*sync_dist=True.*", ".*LeafSpec.*", ".*logging interval.*"),
+        *(".*dataloader is not resumable.*", ".*exists and is not empty.*"),  # `Snapshots` resumes it, in its directory
+        *(".*weights.only.*", ".*checkpoint was not created with WeightAveraging.*"),
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def _say(line: str) -> None:
@@ -112,15 +167,28 @@ def _say(line: str) -> None:
     log.info(line)
 
 
-def _checkpoint(config: DictConfig, trainer: Trainer) -> str | None:
-    """Return the file with the weights to test, or None for those that the model has after its last step."""
-    if config.test_checkpoint == "last":
-        return None
-    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    best = [callback.best_model_path for callback in checkpoints if callback.monitor]
+def _nothing() -> None:
+    pass
+
+
+def _last_epoch(trainer: Trainer) -> dict[str, float]:
+    """Return the figures of the last epoch, which may have been trained before a resume."""
+    history = [callback.epochs[-1] for callback in _callbacks(trainer, History) if callback.epochs]
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return dict(history[0]) | figures if history else figures
+
+
+def _callbacks(trainer: Trainer, kind: type) -> list[Any]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
+
+
+def _best_checkpoint(trainer: Trainer) -> Path:
+    """Return the file with the weights of the best validation."""
+    best = [callback.best_model_path for callback in _callbacks(trainer, ModelCheckpoint) if callback.monitor]
     if not any(best):
         raise Refusal("test_checkpoint=best needs a validated checkpoint: use callbacks=default and validate an epoch")
-    return best[0]
+    return Path(best[0])
 
 
 def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
@@ -133,28 +201,25 @@ def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
 def _figures(
     config: DictConfig, trainer: Trainer, metrics: dict[str, float], epochs: int, seconds: float
 ) -> dict[str, Any]:
-    throughput = [callback.mean for callback in trainer.callbacks if isinstance(callback, Throughput)]  # type: ignore[attr-defined]
+    times = [
+        *((name, getattr(clock, name)) for clock in _callbacks(trainer, Throughput) for name in clock.figures),
+        *((name, share) for clock in _callbacks(trainer, TimeShares) for name, share in clock.shares.items()),
+    ]
     return {
         "test_accuracy": metrics["test_accuracy"],
         "correct": int(metrics["test_correct"]),
         "total": int(metrics["test_total"]),
+        "top5_accuracy": metrics["test_top5_accuracy"],
         "test_loss": metrics["test_loss"],
         "tested_weights": config.test_checkpoint,
         **{name: metrics[name] for name in ("val_accuracy", "train_accuracy", "train_loss") if name in metrics},
         "epochs": epochs,
         "fit_seconds": seconds,
-        **({"images_per_second": throughput[0]} if throughput else {}),
+        **dict(times),
         "world_size": trainer.world_size,
-        "device": _device(trainer),
         "parameters": sum(parameter.numel() for parameter in trainer.lightning_module.parameters()),
-        "versions": f"torch {torch.__version__}, lightning {version('lightning')}, Python {platform.python_version()}",
         "run_dir": config.run_dir,
     }
-
-
-def _device(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
 def _command() -> str:
@@ -163,14 +228,3 @@ def _command() -> str:
     launcher = ["python"] if distenv.world_size() == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return shlex.join([*launcher, "-m", "train", *overrides])
-
-
-def _quiet() -> None:
-    """Leave out what Lightning says to those who have chosen otherwise on purpose.
-
-    The figures need no `sync_dist`: they are sums over all ranks already, and its means are wrong for uneven ranks.
-    """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*sync_dist=True.*", ".*LeafSpec.*", ".*logging interval.*"):
-        warnings.filterwarnings("ignore", message)

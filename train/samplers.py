@@ -5,11 +5,15 @@ padded, dropped or repeated: where a global batch has fewer images than there ar
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, TensorDataset
 from torchvision.transforms.v2.functional import normalize, to_dtype, to_image
+
+from train.datasets import image_name, unreadable
+from train.rng import mix, seeded
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -36,6 +40,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self._resume_at = (0, 0)
 
     @property
     def sampler(self) -> "GlobalBatchSampler":
@@ -46,20 +51,31 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         """Choose the order of an epoch; the next iteration has it."""
         self.epoch = epoch
 
+    def resume_at(self, epoch: int, batch_idx: int) -> None:
+        """Begin with a batch in the middle of an epoch; the epochs after it are whole."""
+        self.epoch = epoch
+        self._resume_at = (epoch, batch_idx)
+
     def order(self) -> Tensor:
         """Return the permutation of this epoch (num_samples,), equal on every rank."""
         if not self.shuffle:
             return torch.arange(self.num_samples)
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         return torch.randperm(self.num_samples, generator=generator)
 
     def global_size(self, batch_idx: int) -> int:
         """Return how many samples all ranks together have in a batch."""
         return min(self.global_batch_size, self.num_samples - batch_idx * self.global_batch_size)
 
+    def local_samples(self) -> int:
+        """Return how many samples this rank has in a whole epoch."""
+        sizes = (self.global_size(batch_idx) for batch_idx in range(len(self)))
+        return sum(len(range(self.rank, size, self.world_size)) for size in sizes)
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        for batch in self.order().split(self.global_batch_size):
+        first = self._resume_at[1] if epoch == self._resume_at[0] else 0
+        for batch in self.order().split(self.global_batch_size)[first:]:
             yield [(index, epoch) for index in batch[self.rank :: self.world_size].tolist()]
 
     def __len__(self) -> int:
@@ -70,7 +86,7 @@ class PreparedImages(Dataset):
     """A data set as image tensors, with an augmentation drawn from (seed, epoch, index) alone.
 
     So an image is augmented alike for every number of ranks and workers, and after a resume. It is indexed by
-    `GlobalBatchSampler`'s (index, epoch) pairs.
+    `GlobalBatchSampler`'s (index, epoch) pairs. Transforms have to draw from torch's generator, as torchvision's do.
 
     Args:
         dataset: yields (image, label), the image as PIL's or a tensor (C, H, W).
@@ -85,18 +101,33 @@ class PreparedImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, epoch = key
-        image, label = self.dataset[index]
-        image = to_image(image)
+        try:
+            image, label = self.dataset[index]
+            image = to_image(image)
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a damaged file
+            raise unreadable(image_name(self.dataset, index), error) from None
         if self.transforms:
-            with torch.random.fork_rng(devices=()):
-                # `torch.manual_seed` seeds every accelerator too, which takes longer than the augmentation
-                torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
+            with seeded(self.seed, epoch, index):
                 for transform in self.transforms:
                     image = transform(image)
         return image, int(label)
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> "list[tuple[Tensor, int]] | Stacked":
+        """Return several samples; those of a tensor data set that needs no transform in one piece."""
+        if isinstance(self.dataset, TensorDataset) and not self.transforms:
+            images, labels = self.dataset[[index for index, _ in keys]]
+            return Stacked(images, labels)
+        return [self[key] for key in keys]
+
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
+
+
+class Stacked(NamedTuple):
+    """Samples that are a batch already: images (N, C, H, W) and labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
 
 
 class Collate:
@@ -111,18 +142,13 @@ class Collate:
         self.image_shape = tuple(image_shape)
         self.mean, self.std = list(mean), list(std)
 
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    def __call__(self, samples: list[tuple[Tensor, int]] | Stacked) -> tuple[Tensor, Tensor]:
         """Return images as float32 and labels as int64."""
-        labels = torch.tensor([label for _, label in samples], dtype=torch.long)
-        if not samples:
-            return torch.empty(0, *self.image_shape), labels
-        images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
+        if isinstance(samples, Stacked):
+            images, labels = samples.images, samples.labels.long()
+        else:
+            labels = torch.tensor([label for _, label in samples], dtype=torch.long)
+            if not samples:
+                return torch.empty(0, *self.image_shape), labels
+            images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
         return normalize(to_dtype(images, torch.float32, scale=True), self.mean, self.std), labels
-
-
-def _mix(*numbers: int) -> int:
-    """Return one seed for several numbers, without the collisions of their sum."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (2**63 - 25)
-    return seed

@@ -1,0 +1,100 @@
+"""Which setting is best? Train every combination of some overrides, each in fresh processes, and compare them.
+
+    python scripts/sweep.py --nproc 4 norm=sync,local,group data.batch_size_per_rank=2,8 trainer.max_epochs=8
+
+A comma separates the values to try. Each job is a torchrun on a free port (or `python -m train` with --nproc 1); one that
+fails is noted and the next one starts. Started again, the sweep leaves out what is done and resumes what was cut off. At
+the end there are sweep.csv, a table and sweep.png in the output directory, and the exit code is 1 if a job has failed.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+FIGURES = ("test_accuracy", "correct", "total", "train_loss", "images_per_second", "fit_seconds")
+
+
+def values_of(override: str) -> list[str]:
+    """Return `key=a` and `key=b` for `key=a,b`; commas within brackets separate nothing."""
+    key, separator, values = override.partition("=")
+    if not key or not separator or not values:
+        raise SystemExit(f"error: expected key=value or key=value,value, got {override}")
+    return [f"{key}={value}" for value in re.split(r",(?![^\[{(]*[\]})])", values)]
+
+
+def name_of(job: tuple[str, ...]) -> str:
+    """Return a directory name for a job's choices."""
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(job)) or "default"
+
+
+def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int) -> str:
+    """Train unless it is done; return "done" or "failed"."""
+    if (directory / "result.json").exists():
+        return "done"
+    directory.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
+    command = [sys.executable, *launcher, "-m", "train", *fixed, *job]
+    command += [f"run_name={directory.name}", f"run_dir={json.dumps(str(directory))}", "resume=auto"]
+    with (directory / "output.log").open("a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    return "done" if code == 0 and (directory / "result.json").exists() else "failed"
+
+
+def write(rows: list[dict[str, str]], output: Path) -> None:
+    """Write sweep.csv and sweep.png, and show the table."""
+    with (output / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table = Table(*rows[0], title=str(output))
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+    done = [row for row in rows if row["state"] == "done"]
+    figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(done))), layout="constrained")
+    axes = figure.subplots()
+    accuracies = [float(row["test_accuracy"]) for row in done]
+    bars = axes.barh([row["job"] for row in done], accuracies, color="#4477AA")
+    axes.bar_label(bars, [f" {accuracy:.2%}" for accuracy in accuracies])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.12), xlabel="test accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output / "sweep.png", dpi=150)
+
+
+def main() -> None:
+    """Read the command line and run the jobs one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value[,value]")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks of each job")
+    parser.add_argument("--output", type=Path, default=Path("outputs/sweep"))
+    arguments = parser.parse_args()
+    choices = [values_of(override) for override in arguments.overrides]
+    fixed = [values[0] for values in choices if len(values) == 1]
+    axes = [values for values in choices if len(values) > 1]
+    rows = []
+    for job in itertools.product(*axes):
+        directory = (arguments.output / name_of(job)).resolve()
+        state = run_job(job, fixed, directory, arguments.nproc)
+        print(f"{state}: {name_of(job)} ({directory}/output.log)", flush=True)
+        result = json.loads((directory / "result.json").read_text()) if state == "done" else {}
+        figures = {name: f"{result[name]:.5g}" if name in result else "" for name in FIGURES}
+        rows.append({"job": " ".join(job) or "default", "state": state, **figures})
+    write(rows, arguments.output)
+    if any(row["state"] != "done" for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

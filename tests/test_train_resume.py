@@ -1,0 +1,290 @@
+"""A run that was killed or stopped and resumed is the run that was not, bit for bit."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli import TORCHRUN, start, user_environment
+from lightning.pytorch import Callback
+from ranks import run_ranks
+
+from train import resume, run
+from train.distenv import Refusal
+from train.loggers import MetricsFile
+from train.samplers import GlobalBatchSampler
+from train.stop import StopSignals
+
+# everything that has a state or draws random numbers: 2 epochs of 21 steps, running statistics of each rank's own
+STATEFUL = [
+    *("model.width=4", "trainer.max_epochs=2", "norm=local", "model.dropout=0.1", "mixing=mixup_cutmix"),
+    *("callbacks=ema", "callbacks.ema.decay=0.9", "callbacks.ema.recalibrate_batches=2", "data.num_workers=1"),
+    *("callbacks.snapshots.every_n_steps=4", "trainer.log_every_n_steps=3", "run_name=run"),
+]
+STEPS = 42
+CLOCK = {"images_per_second", "data_wait"}
+
+
+def what_a_run_leaves(directory):
+    """Everything in the last checkpoint that does not name the run or depend on the clock, and the metrics."""
+    path = directory / "outputs" / "run"
+    checkpoint = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
+    kept = (
+        "state_dict",
+        "current_model_state",
+        "optimizer_states",
+        "lr_schedulers",
+        "loops",
+        "snapshot",
+    )
+    with (path / "csv" / "metrics.csv").open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if name not in CLOCK} for row in csv.DictReader(file)]
+    return {name: checkpoint[name] for name in kept}, rows
+
+
+def assert_identical(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert set(one) == set(other), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_identical(*pair, f"{where}.{index}")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    done = start([*TORCHRUN, "-m", "train", *STATEFUL], directory)
+    assert done.returncode == 0, done.stderr
+    return what_a_run_leaves(directory)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_at_a_random_step_leaves_no_trace_once_torchrun_has_restarted_the_run(uninterrupted, tmp_path):
+    step = random.SystemRandom().randrange(1, STEPS)
+    kill = f"+callbacks.kill={{_target_: saboteur.Killed, rank: {step % 2}, step: {step}}}"
+    done = start([*TORCHRUN, "--max-restarts=1", "-m", "train", *STATEFUL, kill], tmp_path)
+    assert done.returncode == 0, f"killed at step {step}\n{done.stderr}"
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["run"]
+    assert done.stdout.count("resumed from") == 1
+    left = what_a_run_leaves(tmp_path)
+    assert_identical(left[0], uninterrupted[0], f"killed at step {step}: ")
+    assert left[1] == uninterrupted[1]
+    steps = [int(row["step"]) for row in left[1] if row["train_loss_step"]]
+    assert steps == list(range(2, STEPS, 3))
+
+
+@pytest.mark.slow
+def test_sigterm_and_sigint_save_and_stop_within_ten_seconds_and_the_resumed_run_is_the_same(uninterrupted, tmp_path):
+    last = tmp_path / "outputs" / "run" / "checkpoints" / "last.ckpt"
+    command = [*TORCHRUN, "-m", "train", *STATEFUL, "resume=auto"]
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.02)
+        process.send_signal(signum)
+        sent = time.monotonic()
+        stdout, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - sent < 10
+        assert process.returncode != 0
+        assert f"stopped by {signum.name}: " in stdout, stderr
+        assert "with resume=auto run_name=run" in stdout
+    done = start(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    left = what_a_run_leaves(tmp_path)
+    assert_identical(left[0], uninterrupted[0])
+    assert left[1] == uninterrupted[1]
+
+
+SMALL = [
+    *("model=mlp", "model.widths=[16]", "scheduler=constant", "logger=csv", "trainer=cpu", "trainer.max_epochs=2"),
+    *(
+        "callbacks.snapshots.every_n_steps=3",
+        "callbacks.progress=null",
+        "run_name=run",
+        "+trainer.limit_train_batches=8",
+    ),
+    *("trainer.precision=64-true", "data.global_batch_size=30", "+trainer.limit_val_batches=1"),
+]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Interrupted
+
+
+def fit(directory, *overrides, interrupt_at=None):
+    """Fit in this process, or as a rank of `run_ranks`; return the weights in the last checkpoint."""
+    if "WORLD_SIZE" in os.environ:
+        os.environ.update(LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"], TORCHELASTIC_RUN_ID="test")
+    if interrupt_at is not None:
+        overrides += (f"+callbacks.interrupt={{_target_: test_train_resume.InterruptAt, step: {interrupt_at}}}",)
+    config = run.compose([*SMALL, f"run_dir={directory}", *overrides])
+    if interrupt_at is not None:
+        with pytest.raises(Interrupted):
+            run.fit(config)
+        return None
+    run.fit(config)
+    return torch.load(Path(directory) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def interrupted_on_ranks(directory, step, overrides):
+    fit(directory, *overrides, interrupt_at=step)
+    # the ranks of a run are torn down together
+    return torch.distributed.get_rank()
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """A run interrupted on 2 ranks after 11 of 16 steps, with a snapshot after 11: 8 and 3."""
+    directory = tmp_path_factory.mktemp("two_ranks")
+    run_ranks(2, interrupted_on_ranks, directory, 12, [])
+    return directory
+
+
+def test_a_run_goes_on_with_the_same_images_on_another_number_of_ranks(of_two_ranks, tmp_path):
+    expected = fit(tmp_path)
+    continued = fit(of_two_ranks, "resume=auto")
+    for name, weights in expected.items():
+        torch.testing.assert_close(continued[name], weights, rtol=1e-9, atol=1e-12, msg=name)
+    with (of_two_ranks / "csv" / "metrics.csv").open(newline="") as file:
+        epochs = [row["epoch"] for row in csv.DictReader(file) if row["val_accuracy"]]
+    assert epochs == ["0", "1"]
+
+
+def snapshot(**changes):
+    return {"world_size": 2, "global_batch_size": 30, "buffers": None} | changes
+
+
+@pytest.mark.parametrize(
+    "overrides, changes, reason",
+    [
+        ((), {"global_batch_size": 60}, "the global batch would change from 60 to 30 images"),
+        (("norm=local",), {}, "BatchNorm is not over all ranks"),
+        ((), {"buffers": [[], []]}, "BatchNorm is not over all ranks"),
+        (("model.dropout=0.5",), {}, "every rank draws its own dropout masks"),
+        (("mixing=mixup",), {}, "images are mixed within a rank"),
+    ],
+)
+def test_another_number_of_ranks_is_refused_where_the_run_would_change(overrides, changes, reason):
+    config = run.compose([*SMALL, *overrides])
+    _, model, _data = run.build(config)
+    checkpoint = {"config": model.config, "state_dict": model.state_dict(), "snapshot": snapshot(**changes)}
+    with pytest.raises(Refusal, match=f"x.ckpt is of 2 ranks and there are 1: {reason}.*; start 2 ranks"):
+        resume.check(Path("x.ckpt"), checkpoint, config, run.instantiate(config.norm), model.network, 30)
+
+
+@pytest.mark.parametrize(
+    "override, change",
+    [
+        ("seed=1", "seed was 0 and is 1"),
+        ("model.widths=[17]", r"model.widths was \[16\] and is \[17\]"),
+        ("optimizer=adamw", "optimizer.factory._target_ was torch.optim.SGD and is torch.optim.AdamW"),
+        ("trainer.accumulate_grad_batches=2", "accumulate_grad_batches was 1 and is 2"),
+        ("data.train_transforms=[]", r"data.train_transforms was \[.*\] and is \[\]"),
+    ],
+)
+def test_what_would_change_the_course_of_a_run_is_refused_by_name(of_two_ranks, override, change):
+    with pytest.raises(Refusal, match=rf"cannot be continued exactly: .*{change}"):
+        fit(of_two_ranks, "resume=auto", override)
+
+
+def test_a_directory_with_a_run_is_not_overwritten(of_two_ranks):
+    with pytest.raises(Refusal, match="holds a run already: continue it with resume=auto, or choose another run_name"):
+        fit(of_two_ranks)
+
+
+def test_a_finished_run_is_only_tested_again(tmp_path):
+    weights = fit(tmp_path)
+    rows = (tmp_path / "csv" / "metrics.csv").read_text()
+    assert_identical(fit(tmp_path, "resume=auto"), weights)
+    assert (tmp_path / "csv" / "metrics.csv").read_text() == rows
+
+
+def test_accumulated_gradients_are_never_lost(tmp_path):
+    expected = fit(tmp_path / "a", "trainer.accumulate_grad_batches=3")
+    fit(tmp_path / "b", "trainer.accumulate_grad_batches=3", interrupt_at=5)
+    assert_identical(fit(tmp_path / "b", "trainer.accumulate_grad_batches=3", "resume=auto"), expected)
+
+
+def test_a_resumed_epoch_has_the_batches_that_are_left_and_the_next_one_all():
+    sampler = GlobalBatchSampler(21, 4, rank=0, world_size=2, shuffle=True, seed=3)
+    epochs = []
+    for epoch in (4, 5):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    sampler.resume_at(4, 2)
+    assert list(sampler) == epochs[0][2:]
+    sampler.set_epoch(5)
+    assert list(sampler) == epochs[1]
+
+
+def test_a_metrics_file_is_cut_back_to_the_checkpoint_and_appended(tmp_path):
+    def log(metrics, steps):
+        for step in steps:
+            metrics.log_metrics({"loss": 0.1 * step}, step)
+
+    whole, first, second = (MetricsFile(str(tmp_path / name)) for name in ("whole", "part", "part"))
+    log(whole, range(9))
+    whole.log_metrics({"accuracy": 0.5}, 9)
+    whole.save()
+    log(first, range(5))
+    state = first.state_dict()
+    log(first, range(5, 8))
+    first.log_metrics({"accuracy": 0.5}, 7)
+    first.save()
+    first.path.write_text(first.path.read_text() + "0.1,")  # the last row was cut off by the kill
+    second.resume(state)
+    log(second, range(5, 9))
+    second.log_metrics({"accuracy": 0.5}, 9)
+    second.finalize("success")
+    assert second.path.read_text() == whole.path.read_text()
+
+
+def blocked_in_a_collective():
+    signals = StopSignals()
+    signals.install()
+    if torch.distributed.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        torch.distributed.barrier()  # which the other rank never enters
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_a_dead_peer_ends_by_itself_after_a_signal():
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=f"exit code {128 + signal.SIGTERM}"):
+        run_ranks(2, blocked_in_a_collective)
+    assert time.monotonic() - began < 30
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signals = StopSignals()
+    signals.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.remove()
+    assert signals.received == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

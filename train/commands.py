@@ -1,0 +1,94 @@
+"""What `train.evaluate`, `train.export` and `train.predict` share: a command line, and a run from its checkpoint."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train import distenv, resume, run
+from train.classifier import ImageClassifier
+from train.data import ImageData
+from train.distenv import Refusal
+
+
+class Run(NamedTuple):
+    """A trained model with the data that belongs to it."""
+
+    config: DictConfig
+    model: ImageClassifier
+    data: ImageData
+    classes: list[str]
+
+
+def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return the model in a checkpoint with plain BatchNorm, and its data, from the file alone.
+
+    Args:
+        overrides: `key=value` of the configuration that the run had.
+
+    Raises:
+        Refusal: the file is not a sound checkpoint, or a key is not in its configuration.
+    """
+    distenv.register_resolvers()
+    checkpoint = resume.load(path)
+    config: Any = OmegaConf.create(checkpoint["config"])
+    for override in overrides:
+        key, _, _ = override.partition("=")
+        if key not in resume.flat(checkpoint["config"]):
+            raise Refusal(f"the configuration in {path} has no value {key}: it takes values such as data.root=DIR")
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+    config.compile = False
+    model, data = run.build_model(config)
+    resume.check_weights(path, checkpoint, model.network)
+    model.load_state_dict(checkpoint["state_dict"])
+    model.eval()
+    classes = checkpoint.get("classes") or [str(label) for label in range(data.num_classes)]
+    return Run(config, model, data, classes)
+
+
+def trainer_for(config: DictConfig, callbacks: list[Callback]) -> Trainer:
+    """Return a trainer with the configuration's devices and limits that keeps nothing."""
+    return instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        precision="64-true" if str(config.trainer.precision).startswith("64") else "32-true",
+    )
+
+
+def options(arguments: Sequence[str], defaults: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
+    """Return a command's own `key=value` options, and all other arguments.
+
+    Raises:
+        Refusal: an option without a default is missing.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if argument.split("=", 1)[0] in defaults)
+    rest = [argument for argument in arguments if argument.split("=", 1)[0] not in defaults]
+    for name, default in defaults.items():
+        if default is None and name not in given:
+            raise Refusal(f"{name}=... is needed: name it, as in {name}=outputs/RUN/checkpoints/last.ckpt")
+    return {**defaults, **given}, rest
+
+
+def main(command: Callable[[list[str]], None], help: str | None) -> None:
+    """Run a command with this process's arguments; what the user got wrong is one sentence and exit code 1."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help)
+        return
+    run.quiet()
+    try:
+        command(sys.argv[1:])
+    except (Exception, OmegaConfBaseException) as error:
+        sentence = run.refusal_in(error)
+        if sentence is None:
+            traceback.print_exc()
+            sys.exit(1)
+        distenv.leave(sentence)

@@ -1,0 +1,64 @@
+"""`python -m train.evaluate checkpoint=FILE [output=DIR] [key=value ...]`: test a checkpoint, alone or under torchrun.
+
+Correct and total are the same integers for every number of ranks and every batch size, and those that training printed
+for the same weights. Any value of the run's configuration can be overridden, such as data.root=DIR.
+
+    python -m train.evaluate checkpoint=outputs/RUN/checkpoints/best.ckpt
+    torchrun --standalone --nproc-per-node=4 -m train.evaluate checkpoint=outputs/RUN/checkpoints/last.ckpt
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train import commands, pictures
+from train.evaluation import Findings
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Test, print a table of the classes, and leave `evaluation.json` and pictures in `output`."""
+    own, overrides = commands.options(arguments, {"checkpoint": None, "output": ""})
+    path = Path(own["checkpoint"])
+    config, model, data, classes = commands.from_checkpoint(path, overrides)
+    findings = Findings(data.num_classes)
+    trainer = commands.trainer_for(config, [findings])
+    trainer.test(model, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    output = Path(own["output"] or path.parent.parent / f"evaluation_{path.stem}")
+    output.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "test_accuracy": metrics["test_accuracy"],
+        "top5_accuracy": metrics["test_top5_accuracy"],
+        "correct": int(metrics["test_correct"]),
+        "total": int(metrics["test_total"]),
+        "test_loss": metrics["test_loss"],
+        "world_size": trainer.world_size,
+        "checkpoint": str(path),
+    }
+    per_class: list[dict[str, Any]] = [
+        {"class": name, "correct": correct, "total": total}
+        for name, (correct, total) in zip(classes, findings.per_class(), strict=True)
+    ]
+    (output / "evaluation.json").write_text(json.dumps({**figures, "per_class": per_class}, indent=2) + "\n")
+    pictures.draw_confusion(findings.confusion, classes, output / "confusion.png")
+    pictures.draw_mistakes(findings.mistakes, classes, data.collate.mean, data.collate.std, output / "mistakes.png")
+    table = Table("class", "correct", "total", "accuracy", title="test")
+    for row in per_class:
+        total = row["total"]
+        table.add_row(row["class"], str(row["correct"]), str(total), f"{row['correct'] / total:.4f}" if total else "-")
+    Console().print(table)
+    print(f"pictures: {output}")
+    print("RESULT", *(f"{name}={_text(value)}" for name, value in figures.items()), flush=True)
+
+
+def _text(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    commands.main(evaluate, __doc__)

@@ -1,0 +1,88 @@
+"""The pictures of a report: curves over the epochs, the confusion matrix, the most confident mistakes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from train.evaluation import Mistake
+
+TRAIN, VAL, RATE, SPEED = "#4477AA", "#EE6677", "#228833", "#AA3377"  # Paul Tol's bright palette, colour-blind safe
+FEW_CLASSES = 25  # up to which a confusion matrix has names and numbers
+COLUMNS = 5
+
+
+def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[float, float]], path: Path) -> None:
+    """Draw loss, accuracy, learning rate and throughput over the epochs.
+
+    Args:
+        epochs: for each epoch `epoch` and, where known, `train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`,
+            `images_per_second`.
+        rates: (epochs done, learning rate).
+        path: of the picture.
+    """
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    (loss, accuracy), (rate, speed) = figure.subplots(2, 2)
+    for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
+        for part, label, colour in (("train", "train (running)", TRAIN), ("val", "validation", VAL)):
+            _draw_column(axes, epochs, f"{part}_{what}", label=label, color=colour)
+        axes.legend(frameon=False)
+    loss.set(title="Cross-entropy", ylabel="mean over images", yscale="log")
+    accuracy.set(title="Accuracy", ylabel="images classified correctly")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    rate.plot([epoch for epoch, _ in rates], [value for _, value in rates], color=RATE, linewidth=1.8)
+    rate.set(title="Learning rate", ylabel="rate of one step")
+    _draw_column(speed, epochs, "images_per_second", color=SPEED)
+    speed.set(title="Throughput", ylabel="images per second, all ranks")
+    speed.set_ylim(bottom=0)
+    for axes in (loss, accuracy, rate, speed):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
+    """Draw the confusion matrix (num_classes, num_classes), labels down and predictions across, shaded by row share."""
+    counts = confusion.numpy()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(7.5, 7), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's images")
+    axes.set(title="Confusion", xlabel="predicted", ylabel="label")
+    if len(names) <= FEW_CLASSES:
+        axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0, ha="center")
+        axes.set_yticks(range(len(names)), names)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_mistakes(
+    mistakes: Sequence[Mistake], names: Sequence[str], mean: Sequence[float], std: Sequence[float], path: Path
+) -> None:
+    """Draw the images that were misclassified with the most confidence, with label, prediction and probability."""
+    rows = max(1, -(-len(mistakes) // COLUMNS))
+    figure = Figure(figsize=(2 * COLUMNS, 2.35 * rows), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, mistake in zip(grid, mistakes, strict=False):
+        pixels = mistake.image.float().permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
+        axes.imshow(pixels.clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(
+            f"{names[mistake.label]}, taken for\n{names[mistake.predicted]} ({mistake.probability:.0%})", fontsize=9
+        )
+    figure.savefig(path, dpi=120)
+
+
+def _draw_column(axes, rows: Sequence[Mapping[str, float]], name: str, **style: str) -> None:  # type: ignore[no-untyped-def]
+    points = [(row["epoch"], row[name]) for row in rows if name in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.8, **style)

@@ -1,0 +1,60 @@
+"""`python -m train.predict checkpoint=FILE IMAGE ...`: print the label and its probability for each image file.
+
+python -m train.predict checkpoint=outputs/RUN/checkpoints/best.ckpt images/*.png
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize, to_image
+
+from train import commands
+from train.data import ImageData
+from train.datasets import unreadable
+from train.distenv import Refusal
+
+
+def predict(arguments: list[str]) -> None:
+    """Print one line for each file: its name, the label and the probability."""
+    own, files = commands.options(arguments, {"checkpoint": None})
+    if not files:
+        raise Refusal("name the image files to predict, as in images/*.png")
+    _, model, data, classes = commands.from_checkpoint(Path(own["checkpoint"]))
+    for file in files:
+        with torch.inference_mode():
+            probabilities = model(prepare(read(Path(file), data), data)).softmax(dim=1)[0]
+        probability, label = probabilities.max(dim=0)
+        print(f"{file}\t{classes[int(label)]}\t{float(probability):.4f}")
+
+
+def read(path: Path, data: ImageData) -> Image.Image:
+    """Return an image file in the colours that the network takes.
+
+    Raises:
+        Refusal: there is no such file, or it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB" if data.collate.image_shape[0] == 3 else "L")
+    except FileNotFoundError:
+        raise Refusal(f"there is no image {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise unreadable(str(path), error) from error
+
+
+def prepare(picture: Image.Image, data: ImageData) -> Tensor:
+    """Return a batch of one (1, C, H, W), prepared as test images are and brought to the network's size."""
+    image = to_image(picture)
+    for transform in data.eval_transforms:
+        image = transform(image)
+    size = list(data.collate.image_shape[1:])
+    if list(image.shape[1:]) != size:
+        image = resize(image, size, antialias=True)
+    images, _ = data.collate([(image, 0)])
+    return images
+
+
+if __name__ == "__main__":
+    commands.main(predict, __doc__)

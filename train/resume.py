@@ -1,0 +1,135 @@
+"""Which checkpoint a run continues from, and the refusal of one that it could not continue exactly."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from train import distenv
+from train.distenv import Refusal
+from train.norms import Norm
+
+# What decides the course of a run; all else may change when it is resumed.
+COURSE = (
+    *("seed", "model", "norm", "optimizer", "scheduler", "mixing", "label_smoothing"),
+    *(
+        f"data.{name}"
+        for name in ("source", "train_transforms", "batch_transforms", "val_fraction", "num_train", "shuffle", "seed")
+    ),
+    *(f"data.{name}" for name in ("global_batch_size", "batch_size_per_rank")),
+    *(f"trainer.{name}" for name in ("precision", "accumulate_grad_batches", "gradient_clip_val")),
+)
+
+
+def find(config: DictConfig) -> Path | None:
+    """Return the checkpoint to continue from, the same on every rank, or None to begin.
+
+    After a restart by torchrun that is the one of the run's directory, whatever `resume` says.
+
+    Raises:
+        Refusal: there is a run in the directory that nobody asked to continue, or no file where one was named.
+    """
+    own = Path(config.run_dir) / "checkpoints" / "last.ckpt"
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if config.resume in (None, "auto"):
+        exists = distenv.agreed(f"resume/{restarts}", str(own.exists())) == "True"
+        if not exists:
+            return None
+        if config.resume is None and not restarts:
+            raise Refusal(
+                f"{config.run_dir} holds a run already: continue it with resume=auto, or choose another run_name"
+            )
+        path = own
+    else:
+        path = Path(config.resume)
+    if not path.is_file():
+        raise Refusal(f"rank {distenv.rank()} finds no checkpoint {path}: name one that every node can read")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint file.
+
+    Raises:
+        Refusal: it is not there or damaged, or not one of this trainer.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Refusal(f"there is no checkpoint {path}: name one with checkpoint=FILE or resume=FILE") from None
+    except Exception as error:  # whatever a damaged file makes of the reader
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"{path} is damaged or not a checkpoint ({reason}): use another one") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
+        raise Refusal(f"{path} is not a checkpoint of this trainer: it has no state_dict and config")
+    return checkpoint
+
+
+def check(
+    path: Path, checkpoint: dict[str, Any], config: DictConfig, norm: Norm, network: nn.Module, global_batch: int
+) -> None:
+    """Raise Refusal, on every rank, where the run would not continue exactly as the one that left the checkpoint."""
+    snapshot = checkpoint.get("snapshot")
+    if snapshot is None:
+        raise Refusal(f"{path} is for evaluation and keeps no state of training: resume from last.ckpt")
+    before, now = flat(checkpoint["config"]), flat(OmegaConf.to_container(config))
+    course = [key for key in sorted(before | now) if key.startswith(tuple(f"{name}." for name in COURSE))]
+    course += [key for key in COURSE if key in before | now]
+    for key in course:
+        if before.get(key) != now.get(key):
+            raise Refusal(
+                f"{path} cannot be continued exactly: {key} was {before.get(key)} and is {now.get(key)}; "
+                "give what it was, or begin a new run"
+            )
+    check_weights(path, checkpoint, network)
+    _check_world_size(path, snapshot, config, norm, network, global_batch)
+
+
+def check_weights(path: Path, checkpoint: dict[str, Any], network: nn.Module) -> None:
+    """Raise Refusal where the weights in a checkpoint are not those of a network like this one."""
+    prefix = "network."
+    found = {
+        name.removeprefix(prefix): tuple(value.shape)
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise Refusal(
+                f"{path} is of another model: {name} has shape {found.get(name, 'none')} in the file and "
+                f"{expected.get(name, 'none')} in the network"
+            )
+
+
+def _check_world_size(
+    path: Path, snapshot: dict[str, Any], config: DictConfig, norm: Norm, network: nn.Module, global_batch: int
+) -> None:
+    before, now = snapshot["world_size"], distenv.world_size()
+    if before == now:
+        return
+    reason = None
+    if snapshot["global_batch_size"] != global_batch:
+        reason = f"the global batch would change from {snapshot['global_batch_size']} to {global_batch} images"
+    elif snapshot["buffers"] is not None or norm.ranks not in (None, "world"):
+        reason = "BatchNorm is not over all ranks, so that its batch would change"
+    elif any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in network.modules()):
+        reason = "every rank draws its own dropout masks"
+    elif config.mixing is not None:
+        reason = "images are mixed within a rank"
+    if reason is not None:
+        raise Refusal(f"{path} is of {before} ranks and there are {now}: {reason}; start {before} ranks")
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted names."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, child in value.items():
+        leaves |= flat(child, f"{prefix}.{key}" if prefix else key)
+    return leaves

@@ -1,0 +1,216 @@
+"""Checkpoints that a run continues from exactly, wherever it was killed, and the end of a run that was told to stop.
+
+A snapshot is taken just before a training batch or when training is over: then all that the batches before it have
+logged is in the loggers, which is not so at the end of a batch or an epoch.
+"""
+
+import hashlib
+import signal
+from collections import deque
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from train import rng
+from train.distenv import Refusal
+from train.stop import Stopped, StopSignals
+
+STEPS_BEHIND = 2  # on an accelerator a step's sums are read when these many more have been queued, without a wait
+
+
+class Snapshots(Checkpoint):
+    """Keeps `last.ckpt`: loops, sampler position, optimizer, schedule, generators, averages and loggers of every rank.
+
+    It is written at the start of every epoch, every `every_n_steps` optimizer steps, before the last batch of an epoch
+    (so that a stop while validating loses one step), when training is over, and on SIGTERM or SIGINT, which every rank
+    then follows after the same step. A loss that is not finite ends the run on every rank with the step and the last
+    good snapshot; one with a parameter that is not finite is never written.
+
+    Args:
+        directory: of the file.
+        every_n_steps: optimizer steps between two snapshots.
+    """
+
+    def __init__(self, directory: str, every_n_steps: int = 200) -> None:
+        self.path = Path(directory) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._signals = StopSignals()
+        self._sums: deque[tuple[int, Tensor, Any]] = deque()
+        self._stop = False  # all ranks know that one of them was told to
+        self._resumed: dict[str, Any] | None = None
+        self._saving: dict[str, Any] | None = None
+        self._saved_step: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over."""
+        self._signals.install()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Continue from a snapshot, or take one where it is due."""
+        if self._resumed is not None:
+            self._restore(trainer, pl_module)
+            return
+        if trainer.fast_dev_run or batch_idx % trainer.accumulate_grad_batches:  # type: ignore[attr-defined]
+            return  # the gradients that have accumulated are in no checkpoint
+        if self._stop:
+            self._save(trainer, pl_module, batch_idx)
+            self._leave(trainer)
+        steps = trainer.global_step
+        is_last = batch_idx + trainer.accumulate_grad_batches >= trainer.num_training_batches
+        if batch_idx == 0 or is_last or steps - (self._saved_step or 0) >= self.every_n_steps:
+            self._save(trainer, pl_module, batch_idx)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Pass a signal on to the other ranks with the next step, and look at what the last steps have given."""
+        pl_module.stop_requested = self._signals.received is not None
+        self._sums.append((trainer.global_step, *_to_host(pl_module.step_sums)))
+        self._look(0 if pl_module.device.type == "cpu" else STEPS_BEHIND)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Leave a validation at once: the snapshot before the last batch is there."""
+        if self._signals.received is not None:
+            self._leave(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last snapshot."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer, pl_module, None)
+        if self._signals.received is not None:
+            self._leave(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._signals.remove()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._signals.remove()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not keep; every rank takes part."""
+        if self._saving is None:
+            return  # the best checkpoint is for evaluation
+        checkpoint["snapshot"] = self._saving
+        if self._saving["batch_idx"] is not None:
+            _take_back_the_batch(checkpoint["loops"]["fit_loop"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell the data module where to begin; the rest waits for the first batch."""
+        self._resumed = checkpoint["snapshot"]
+        self._saved_step = checkpoint["global_step"]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.resume_at = (checkpoint["epoch"], self._resumed["batch_idx"] or 0)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None) -> None:
+        self._look(0)
+        if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+            raise Refusal(self._not_finite("a parameter", trainer.global_step))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        loop = trainer.fit_loop.epoch_loop
+        self._saving = {
+            "batch_idx": batch_idx,
+            "batches_that_stepped": loop._batches_that_stepped,
+            "world_size": trainer.world_size,
+            "global_batch_size": data.global_batch_size,
+            "rng": _gather(rng.get_state(), trainer),
+            "buffers": _differing_buffers(trainer, pl_module),
+            "loggers": [_state_of(logger) for logger in trainer.loggers],
+        }
+        trainer.save_checkpoint(self.path)
+        self._saving = None
+        self._saved_step = trainer.global_step
+
+    def _leave(self, trainer: Trainer) -> NoReturn:
+        signum = signal.Signals(self._signals.received or signal.SIGTERM)
+        if trainer.is_global_zero:
+            print(
+                f"stopped by {signum.name}: {self.path} continues after step {self._saved_step}, with resume=auto "
+                f"run_name={self.path.parents[1].name}",
+                flush=True,
+            )
+        raise Stopped(signum)
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._resumed is not None
+        resumed, self._resumed = self._resumed, None
+        # Lightning counts a step too many when it restarts at the first batch of an epoch
+        trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["batches_that_stepped"]
+        if resumed["world_size"] != trainer.world_size:
+            return  # refused before where it would matter
+        if resumed["buffers"] is not None:
+            for buffer, value in zip(
+                _buffers(trainer, pl_module), resumed["buffers"][trainer.global_rank], strict=True
+            ):
+                buffer.copy_(value)
+        rng.set_state(resumed["rng"][trainer.global_rank])
+
+    def _look(self, behind: int) -> None:
+        """Look at the sums of all steps but the last `behind`: equal on all ranks, so all of them decide alike."""
+        while len(self._sums) > behind:
+            step, sums, ready = self._sums.popleft()
+            if ready is not None:
+                ready.synchronize()
+            loss, stop = float(sums[0]), float(sums[-1])
+            if not torch.isfinite(sums[0]):
+                self._sums.clear()
+                raise Refusal(self._not_finite(f"the loss ({loss})", step))
+            self._stop = self._stop or stop > 0
+
+    def _not_finite(self, what: str, step: int) -> str:
+        good = f"the last good checkpoint is {self.path}, after step {self._saved_step}"
+        none = "there is no checkpoint yet"
+        return (
+            f"{what} is not finite at step {step}: lower optimizer.lr_per_256 or set trainer.gradient_clip_val; "
+            f"{none if self._saved_step is None else good}"
+        )
+
+
+def _take_back_the_batch(fit_loop: dict[str, Any]) -> None:
+    """Make the loops' progress that of the moment between two batches: Lightning has counted the one to come."""
+    progress = fit_loop["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    for count in (progress["current"], progress["total"]):
+        count["ready"] = count["completed"]
+
+
+def _to_host(tensor: Tensor) -> tuple[Tensor, Any]:
+    """Return a copy on the host, and the event after which it may be read; None for at once."""
+    if tensor.device.type == "cpu":
+        return tensor, None
+    copy = tensor.to("cpu", non_blocking=True)
+    event = torch.Event(device=tensor.device)
+    event.record()
+    return copy, event
+
+
+def _gather(value: Any, trainer: Trainer) -> list[Any]:
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _buffers(trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
+    """Return the buffers of the model and of its average."""
+    averages = [callback.average for callback in trainer.callbacks if hasattr(callback, "average")]  # type: ignore[attr-defined]
+    return [buffer for module in [pl_module, *averages] for buffer in module.buffers()]
+
+
+def _differing_buffers(trainer: Trainer, pl_module: LightningModule) -> list[list[Tensor]] | None:
+    """Return every rank's buffers, or None where all ranks have the same."""
+    buffers = [buffer.cpu() for buffer in _buffers(trainer, pl_module)]
+    digest = hashlib.sha256(
+        b"".join(buffer.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for buffer in buffers)
+    )
+    if len(set(_gather(digest.hexdigest(), trainer))) == 1:
+        return None
+    return _gather(buffers, trainer)
+
+
+def _state_of(logger: Any) -> dict[str, Any] | None:
+    return logger.state_dict() if hasattr(logger, "state_dict") else None
