@@ -2,9 +2,10 @@
 
     python scripts/sweep.py --nproc 4 norm=sync,local,group data.batch_size_per_rank=2,8 trainer.max_epochs=8
 
-A comma separates the values to try. Each job is a torchrun on a free port (or `python -m train` with --nproc 1); one that
-fails is noted and the next one starts. Started again, the sweep leaves out what is done and resumes what was cut off. At
-the end there are sweep.csv, a table and sweep.png in the output directory, and the exit code is 1 if a job has failed.
+A comma separates the values to try. Each job is a torchrun on a free port (or `python -m train` with --nproc 1); one
+that fails is noted and the next one starts. Started again, the sweep leaves out what is done and resumes what was cut
+off. At the end there are sweep.csv, a table and sweep.png in the output directory, and the exit code is 1 if a job has
+failed.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int)
     directory.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, "-m", "train", *fixed, *job]
-    command += [f"run_name={directory.name}", f"run_dir={json.dumps(str(directory))}", "resume=auto"]
+    command += [f"run_name='{directory.name}'", f"run_dir='{directory}'", "resume=auto"]
     with (directory / "output.log").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     return "done" if code == 0 and (directory / "result.json").exists() else "failed"

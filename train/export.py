@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -103,8 +104,8 @@ def _write_torchscript(network: nn.Module, images: Tensor, path: Path) -> Callab
 
 
 def _write_exported_program(network: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    batch = torch.export.Dim("batch", min=1)
-    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=({0: batch},)), path)
+    batch_axis: Any = {0: torch.export.Dim("batch", min=1)}
+    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=(batch_axis,)), path)
     return torch.no_grad()(torch.export.load(path).module())
 
 
@@ -115,18 +116,24 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> Callable[[Ten
     except ImportError as error:
         raise Refusal("format=onnx needs the packages onnx and onnxscript: pip install onnx onnxscript") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    batch_axis: Any = {0: torch.export.Dim("batch", min=1)}
     torch.onnx.export(
         network,
         (images,),
         str(path),
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),  # type: ignore[index, arg-type]
+        dynamic_shapes=(batch_axis,),
         external_data=False,
         verbose=False,
     )
     evaluator = ReferenceEvaluator(onnx.load(path))
-    return lambda images: torch.from_numpy(evaluator.run(None, {"images": images.numpy()})[0])
+
+    def run_again(images: Tensor) -> Tensor:
+        (logits,) = evaluator.run(None, {"images": images.numpy()})
+        return torch.from_numpy(logits)
+
+    return run_again
 
 
 WRITERS = {

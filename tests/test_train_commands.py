@@ -1,0 +1,241 @@
+"""What a trained checkpoint is used for, started as a user does: evaluate, export, predict, sweep, several nodes."""
+
+import csv
+import importlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import onnx
+import pytest
+import torch
+from cli import REPOSITORY, TORCHRUN, TRAIN, start, user_environment
+from onnx.reference import ReferenceEvaluator
+from PIL import Image
+from ranks import run_ranks
+from sklearn.datasets import load_digits
+from torch import nn
+
+from train import commands, export
+from train.evaluation import Findings
+from train.norms import batch_norm
+from train.preact_resnet import preact_resnet
+
+# evaluated and exported with the fused layer of this project, so that plain BatchNorm has something to differ in
+SHORT = ["model.width=4", "trainer.max_epochs=2", "norm.activation=relu", "logger=none", "callbacks.progress=null"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on 2 ranks: its directory and the last line it printed."""
+    directory = tmp_path_factory.mktemp("trained")
+    done = start([*TORCHRUN, "-m", "train", *SHORT, "run_name=run"], directory)
+    assert done.returncode == 0, done.stderr
+    return directory / "outputs" / "run", done.stdout.splitlines()[-1]
+
+
+def counts(line):
+    return re.search(r"correct=(\d+) total=(\d+)", line).groups()
+
+
+def evaluate(checkpoint, batch_size):
+    run = commands.from_checkpoint(checkpoint, [f"data.eval_batch_size={batch_size}", "trainer.accelerator=cpu"])
+    findings = Findings(run.data.num_classes)
+    trainer = commands.trainer_for(run.config, [findings])
+    trainer.test(run.model, datamodule=run.data, verbose=False)
+    metrics = trainer.callback_metrics
+    return int(metrics["test_correct"]), int(metrics["test_total"]), findings.confusion.tolist(), findings.mistakes
+
+
+def evaluate_on_rank(checkpoint, batch_size):
+    os.environ.update(LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"], TORCHELASTIC_RUN_ID="test")
+    return evaluate(checkpoint, batch_size)[:3]
+
+
+@pytest.mark.slow
+def test_every_number_of_ranks_and_every_batch_size_counts_as_training_did(trained):
+    directory, line = trained
+    checkpoint = directory / "checkpoints" / "last.ckpt"
+    correct, total, confusion, mistakes = evaluate(checkpoint, 512)
+    assert (str(correct), str(total)) == counts(line)
+    assert sum(confusion[label][label] for label in range(10)) == correct
+    assert [sum(row) for row in confusion] == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    assert all(mistake.label != mistake.predicted for mistake in mistakes)
+    for batch_size in (1, 7, 100):
+        assert evaluate(checkpoint, batch_size)[:3] == (correct, total, confusion)
+    for world_size, batch_size in ((3, 97), (4, 3)):  # two ranks have the test below
+        for rank in run_ranks(world_size, evaluate_on_rank, checkpoint, batch_size):
+            assert rank == (correct, total, confusion)
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_under_torchrun_and_leaves_the_classes_and_pictures(trained, tmp_path):
+    directory, line = trained
+    command = ["-m", "train.evaluate", f"checkpoint={directory}/checkpoints/last.ckpt", f"output={tmp_path}"]
+    done = start([*TORCHRUN, *command, "data.eval_batch_size=50"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert counts(done.stdout.splitlines()[-1]) == counts(line)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert sum(row["correct"] for row in written["per_class"]) == written["correct"]
+    assert 0 < written["test_accuracy"] < written["top5_accuracy"] <= 1
+    assert {"confusion.png", "mistakes.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_synchronized_checkpoint_loads_into_plain_batchnorm(trained):
+    state = torch.load(trained[0] / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    network = preact_resnet(20, nn.BatchNorm2d, num_classes=10, in_channels=1, image_size=8, width=4)
+    network.load_state_dict({name.removeprefix("network."): value for name, value in state.items()}, strict=True)
+    run = commands.from_checkpoint(trained[0] / "checkpoints" / "best.ckpt")
+    images = torch.randn(5, 1, 8, 8)
+    torch.testing.assert_close(network.eval()(images), run.model(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fold", ["false", "true"])
+@pytest.mark.parametrize("kind", list(export.SUFFIX))
+def test_an_exported_network_computes_the_same_for_any_batch(kind, fold, trained, tmp_path, capsys):
+    checkpoint = trained[0] / "checkpoints" / "best.ckpt"
+    output = tmp_path / f"network{export.SUFFIX[kind]}"
+    export.export([f"checkpoint={checkpoint}", f"format={kind}", f"output={output}", f"fold={fold}"])
+    images = torch.randn(5, 1, 8, 8)
+    run = commands.from_checkpoint(checkpoint)
+    with torch.no_grad():
+        expected = run.model(images)
+        if kind == "onnx":
+            (found,) = ReferenceEvaluator(onnx.load(output)).run(None, {"images": images.numpy()})
+            found = torch.from_numpy(found)
+        elif kind == "exported_program":
+            found = torch.export.load(output).module()(images)
+        else:
+            load = torch.jit.load if kind == "torchscript" else partial(torch.load, weights_only=False)
+            found = load(output)(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    beside = json.loads(output.with_suffix(".json").read_text())
+    assert beside["mean"] == [0.3053]
+    assert beside["input"] == ["N", 1, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "activation, temperature", [("relu", 1.0), ("leaky_relu", 0.5), ("silu", 2.0), ("identity", 2.0)]
+)
+def test_export_replaces_fused_layers_by_torchs_own(activation, temperature):
+    def factory(num_channels):
+        return batch_norm(num_channels, activation, temperature)
+
+    network = preact_resnet(20, factory, num_classes=3, width=4)
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    images = torch.randn(2, 3, 8, 8)
+    for fold in (False, True):
+        found = export.plain(network, fold)
+        assert {type(module).__module__.split(".")[0] for module in found.modules()} <= {"torch"}
+        assert any(isinstance(module, nn.BatchNorm2d) for module in found.modules())
+        torch.testing.assert_close(found(images), network.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_leaves_only_the_norms_without_a_convolution_before_them():
+    network = preact_resnet(20, nn.BatchNorm2d, num_classes=3, width=4)
+    norms = [
+        sum(isinstance(module, nn.BatchNorm2d) for module in export.plain(network, fold).modules())
+        for fold in (False, True)
+    ]
+    assert norms == [19, 9]  # the second norm of each of 9 units, and the first unit's first, follow a convolution
+
+
+def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
+    digits = load_digits()
+    for i in range(3):
+        Image.fromarray((digits.images[i] * 255 / 16).astype("uint8")).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (31, 17), (200, 10, 10)).save(tmp_path / "other.png")
+    files = [str(path) for path in sorted(tmp_path.glob("*.png"))]
+    done = start(
+        [sys.executable, "-m", "train.predict", f"checkpoint={trained[0]}/checkpoints/best.ckpt", *files], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == files
+    assert all(label in "0123456789" and 0.1 <= float(probability) <= 1 for _, label, probability in lines)
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [
+        ("evaluate", [], "checkpoint=... is needed"),
+        ("evaluate", ["checkpoint=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+        ("evaluate", ["checkpoint=broken.ckpt"], "broken.ckpt is damaged or not a checkpoint"),
+        ("evaluate", ["checkpoint={last}", "data.eval_bach_size=3"], "has no value data.eval_bach_size"),
+        ("evaluate", ["checkpoint={last}", "model.width=8"], "is of another model: stem.weight has shape"),
+        ("export", ["checkpoint={last}", "format=tflite"], "format must be one of torch, torchscript"),
+        ("predict", ["checkpoint={last}"], "name the image files"),
+        ("predict", ["checkpoint={last}", "nothing.png"], "there is no image nothing.png"),
+        ("predict", ["checkpoint={last}", "broken.ckpt"], "broken.ckpt cannot be read"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(command, arguments, message, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    last = trained[0] / "checkpoints" / "last.ckpt"
+    monkeypatch.setattr(sys, "argv", [command, *(argument.format(last=last) for argument in arguments)])
+    module = importlib.import_module(f"train.{command}")
+    with pytest.raises(SystemExit) as caught:
+        commands.main(getattr(module, command), module.__doc__)
+    sentence = str(caught.value)
+    assert sentence.startswith("error: ")
+    assert message in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.slow
+def test_a_sweep_continues_after_a_failed_job_and_again_where_it_was_cut_off(tmp_path):
+    jobs = ["norm=local,nonsense", "model=mlp", "trainer.max_epochs=1", "logger=none", "+trainer.limit_train_batches=2"]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "sweep.py"), "--nproc", "2", "--output", "sweep", *jobs]
+    done = start(command, tmp_path)
+    assert done.returncode == 1
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        rows = {row["job"]: row for row in csv.DictReader(file)}
+    assert rows["norm=local"]["state"] == "done"
+    assert rows["norm=local"]["total"] == "360"
+    assert rows["norm=nonsense"]["state"] == "failed"
+    assert "Could not find 'norm/nonsense'" in (tmp_path / "sweep" / "norm=nonsense" / "output.log").read_text()
+    assert (tmp_path / "sweep" / "sweep.png").exists()
+    before = (tmp_path / "sweep" / "norm=local" / "result.json").stat().st_mtime_ns
+    again = start([part.replace(",nonsense", ",layer") for part in command], tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "sweep" / "norm=local" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks_share_one_run(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    node = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"),
+        *("-m", "train", "model=mlp", "norm.group=node", "trainer.max_epochs=1", "+trainer.limit_train_batches=3"),
+    ]
+    nodes = [
+        subprocess.Popen(
+            node, cwd=tmp_path, env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=150) for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], outputs
+    printed = outputs[0][0] + outputs[1][0]
+    assert "BN batch = 2 x 16 = 32 over group node" in printed
+    assert len(re.findall(r"^RESULT .* world_size=4 ", printed, flags=re.MULTILINE)) == 1
+    (directory,) = (tmp_path / "outputs").iterdir()
+    assert "| world | 4 ranks on 2 nodes |" in (directory / "report.md").read_text()
+
+
+def test_hydras_own_sweep_works_for_single_processes(tmp_path):
+    jobs = ["norm=local,layer", "model=mlp", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "run_name=s"]
+    done = start([*TRAIN, "-m", *jobs], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RESULT") == 2
+    assert {path.name for path in (tmp_path / "outputs" / "s").iterdir()} >= {"0", "1"}
