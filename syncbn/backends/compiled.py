@@ -11,13 +11,23 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
-from syncbn.backends.composed import reduced
-from syncbn.backends.cpu import MAX_SQUARES, Cpu, View, coefficients_of, like, view_of
+from syncbn.backends.cpu import (
+    MAX_SQUARES,
+    Array,
+    Cpu,
+    View,
+    coefficients_of,
+    grad_input_coefficients,
+    like,
+    reduced_of,
+    view_of,
+)
 from syncbn.backends.torch_ops import Affine
 from syncbn.statistics import Channels, Reduced
 
@@ -36,16 +46,16 @@ class Compiled(Cpu):
         view = view_of(x) if mask is None else None
         if view is None:
             return super().stats(x, mask)
-        count = torch_ops.local_count(x, None)
-        mean = view.sample_mean(x)
-        for _ in range(2):
-            pivot = mean.to(torch_ops.accumulation_dtype(x))
+        count = x.numel() // view.num_channels
+        mean = view.guess_of_mean(x)
+        for _ in range(3):
+            pivot = mean.astype(view.spread(mean, x).numpy().dtype).astype(np.float64)
             total, square = _sums(_centred_sums, view, (x,), _across(view, pivot, x))
             offset = total / count
-            mean, M2 = pivot.double() + offset, square - total * offset
-            if (offset.square() * count <= MAX_SQUARES * M2).all():
+            mean, M2 = pivot + offset, square - total * offset
+            if (offset**2 * count <= MAX_SQUARES * M2).all():
                 break
-        return count, mean, M2.clamp(min=0)
+        return torch_ops.local_count(x, None), torch.from_numpy(mean), torch.from_numpy(np.maximum(M2, 0))
 
     def elemt(
         self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
@@ -90,8 +100,8 @@ class Compiled(Cpu):
         own, kind = (grad_output, activation) if dy is None else (dy, "identity")
         operands = (x, own, None if kind == "identity" else residual)
         sum_dy, sum_dy_xmu = _sums(_backward_sums, view, operands, normalization, kind)
-        sum_dy_xmu = sum_dy_xmu + sum_dy * (coefficients_of(channels)[0] - channels.mean)
-        return reduced(sum_dy, sum_dy_xmu, channels, dy, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
+        sum_dy_xmu += sum_dy * (coefficients_of(channels).numpy()[0] - channels.mean.numpy())
+        return reduced_of(sum_dy, sum_dy_xmu, channels, dy, weight_dtype, bias_dtype)
 
     def backward_elemt(
         self,
@@ -125,10 +135,8 @@ class Compiled(Cpu):
         own, kind = (grad_output, activation) if dy is None else (dy, "identity")
         operands = (x, own, None if kind == "identity" else residual)
         normalization = _normalization(view, x, channels)
-        _, scale, _ = coefficients_of(channels)
-        slope, shift = torch_ops.slope_and_shift(scale, channels, count, *sums.chunk(2))
-        pivot = channels.mean.float()
-        linear = Affine(*_across(view, torch.stack([pivot, slope, shift + (pivot - channels.mean) * slope]), x))
+        _, coefficients = grad_input_coefficients(channels, count, sums)
+        linear = Affine(*(_across(view, values, x) for values in coefficients))
         return _elementwise(_grad_input, view, operands, normalization, kind, normalization.scale, linear)
 
 
@@ -186,13 +194,14 @@ def _elementwise(kernel: Callable[..., Tensor], view: View, operands: tuple[Tens
     assert x is not None
     flat = [None if t is None else _rows(view, like(t, x)) for t in operands]
     result: Tensor = _compiled(kernel, _variant(view, flat, rest))(*flat, *rest)
-    return result.as_strided(x.shape, x.stride())  # x is dense, and the result has its order
+    # x is dense, and the result has its order; `data`: a view would refuse what works in place on it
+    return result.as_strided(x.shape, x.stride()).data
 
 
 def _sums(
     kernel: Callable[..., tuple[Tensor, Tensor]], view: View, operands: tuple[Tensor | None, ...], *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """Return both sums of the kernel, each (C,) float64."""
+) -> tuple[Array, Array]:
+    """Return both sums of the kernel, (C,) float64."""
     x = operands[0]
     assert x is not None
     flat = [None if t is None else _rows(view, like(t, x)) for t in operands]
@@ -200,7 +209,7 @@ def _sums(
     compiled = _compiled(kernel, _variant(view, flat, rest))
     if not view.is_channels_last:
         total, product = compiled(*flat, *rest, 2)
-        return view.fold(total), view.fold(product)
+        return view.fold(total.numpy()), view.fold(product.numpy())
     whole = num_rows // BLOCK_ROWS * BLOCK_ROWS
     found = []
     if whole:
@@ -209,25 +218,25 @@ def _sums(
     if whole < num_rows:
         found.append(kernel(*(None if t is None else t[whole:][None] for t in flat), *rest, 1))
     totals, products = zip(*found, strict=True)
-    return sum(totals), sum(products)
+    return sum(total.numpy() for total in totals), sum(product.numpy() for product in products)
 
 
 def _rows(view: View, tensor: Tensor) -> Tensor:
     """Return a view of (N, C * repeats, S / repeats), channels last of (N * S, C), without a graph."""
     if view.is_channels_last:
-        return tensor.detach().movedim(1, -1).reshape(-1, view.num_channels)
-    return view.of(tensor.detach())
+        return tensor.movedim(1, -1).reshape(-1, view.num_channels).data
+    return view.of(tensor).data  # `data`: what is a view is guarded by what it is a view of
 
 
-def _across(view: View, values: Tensor, x: Tensor) -> Tensor:
-    """Return (..., C) values so that they broadcast over what `_rows` and its blocks are."""
+def _across(view: View, values: Array, x: Tensor) -> Tensor:
+    """Return (C,) values so that they broadcast over what `_rows` and its blocks are."""
     if view.is_channels_last:
-        return values.to(torch_ops.accumulation_dtype(x))
-    return view.spread(values, x)[..., None]
+        return torch.from_numpy(values.astype(np.float64 if x.dtype == torch.float64 else np.float32))
+    return view.spread(values, x)[:, None]
 
 
 def _normalization(view: View, x: Tensor, channels: Channels) -> Affine:
-    return Affine(*_across(view, coefficients_of(channels), x))
+    return Affine(*(_across(view, values, x) for values in coefficients_of(channels).numpy()))
 
 
 def _variant(view: View, flat: list[Tensor | None], rest: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -252,11 +261,14 @@ def _compiled(kernel: Callable[..., Any], variant: tuple[Any, ...]) -> Callable[
         global is_available
         if is_available:
             try:
-                return compiled(*args)
-            except Exception as error:
+                with torch._dynamo.config.patch(recompile_limit=64):
+                    return compiled(*args)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
                 is_available = False
                 reason = " ".join(str(error).split("\n")[:2])
                 warnings.warn(f"syncbn runs without compiled kernels: torch.compile failed, {reason}", stacklevel=2)
+            except (torch._dynamo.exc.TorchDynamoException, RuntimeError):
+                pass  # a mode or a stance under which nothing may be compiled: this call goes without
         return kernel(*args)
 
     return run

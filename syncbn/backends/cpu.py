@@ -3,28 +3,35 @@
 There ATen's training-mode kernels are slow or accumulate in float32 over the whole batch. The kernels used here are
 those that have neither fault: normalization in evaluation mode, which is `x * scale + shift`, and its backward sums,
 `sum(dy)` and `sum(dy * (x - mean))` in one read. Their accumulators get short runs: the batch is viewed with more
-channels than it has, each of them a part of a true one, and the rest is added in float64.
+channels than it has, each of them a part of a true one, and the rest is added in float64. Per-channel values are worked
+on in NumPy, whose calls cost a fraction of torch's.
 """
 
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.composed import Composed, reduced
-from syncbn.backends.torch_ops import accumulation_dtype, reduced_dims
+from syncbn.backends.torch_ops import accumulation_dtype
 from syncbn.statistics import Channels, Reduced
 
 PART_ELEMENTS = 2**19  # 2 MB of float32; smaller parts pay more for calls than they gain in the cache
-MAX_RUN = 1024  # values that one float32 accumulator adds up: 1e-7 relative error at random signs
-MAX_SPREAD_CHANNELS = 4096  # accumulators side by side that stay in the first-level cache
+MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share it
+MAX_ROWS = 256  # values that one accumulator adds up: about 3e-7 relative error of a sum of squares in float32
+MAX_SPREAD_CHANNELS = 1024  # accumulators side by side
+GUESS_FROM = 16  # values: their mean is rarely off by more than a standard deviation
 MAX_MEAN_OVER_STD = 8.0  # up to which `x * scale + shift` costs no more than a bit of the result
 MAX_SQUARES = 4.0  # over the variance, up to which `sum(x * (x - pivot))` costs no more than a bit of it
+
+Array = npt.NDArray[Any]
 
 aten = torch.ops.aten
 
@@ -41,46 +48,48 @@ class View(NamedTuple):
         """Return a view of `tensor`, which has the layout of x."""
         return (tensor.movedim(1, -1) if self.is_channels_last else tensor).view(self.shape)
 
-    def spread(self, values: Tensor, x: Tensor) -> Tensor:
-        """Return (..., C) values for each channel of the view, in the accumulation dtype."""
-        values, shape = values.to(accumulation_dtype(x)), values.shape[:-1]
+    def spread(self, values: Array, x: Tensor) -> Tensor:
+        """Return (C,) values for each channel of the view, in the accumulation dtype of x."""
+        values = values.astype(np.float64 if x.dtype == torch.float64 else np.float32)
         if self.repeats > 1:
-            repeated = values[..., None, :] if self.is_channels_last else values[..., None]
-            values = repeated.expand(*shape, *self._parts_of_channels()).reshape(*shape, -1)
-        return values.contiguous()  # the kernels do not look at strides
+            shape = self._parts_of_channels()
+            values = np.broadcast_to(values if self.is_channels_last else values[:, None], shape)
+            values = np.ascontiguousarray(values.reshape(-1))  # the kernels do not look at strides
+        return torch.from_numpy(values)
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Return `spread` values in the shape that broadcasts over the view."""
         return values if self.is_channels_last else values[:, None]
 
-    def fold(self, values: Tensor) -> Tensor:
-        """Return (..., C) sums, float64, over the parts of each true channel."""
+    def fold(self, values: Array) -> Array:
+        """Return the sums, (C,) float64, over the parts of each true channel."""
         if self.repeats == 1:
-            return values.double()
-        parts = values.view(*values.shape[:-1], *self._parts_of_channels())
-        return parts.sum(-2 if self.is_channels_last else -1, dtype=torch.float64)
+            return values.astype(np.float64)
+        return values.reshape(self._parts_of_channels()).sum(0 if self.is_channels_last else 1, dtype=np.float64)
 
     def _parts_of_channels(self) -> tuple[int, int]:
         own = (self.num_channels, self.repeats)
         return own[::-1] if self.is_channels_last else own
 
-    def sample_mean(self, x: Tensor) -> Tensor:
-        """Return a guess of the mean, (C,) float64."""
-        sample = self.of(x)[:1].to(accumulation_dtype(x))
-        return self.fold(sample.sum(reduced_dims(sample))) / (sample.numel() / self.num_channels)
+    def guess_of_mean(self, x: Tensor) -> Array:
+        """Return the mean of a few values, (C,) float64."""
+        flat = self.of(x.detach())
+        few = flat[: -(-GUESS_FROM // self.repeats)] if self.is_channels_last else flat[0, :, :GUESS_FROM].T
+        sums = few.to(accumulation_dtype(x)).sum(0).numpy()
+        return self.fold(sums) / (len(few) * self.repeats)
 
     def parts(self) -> Iterator[slice]:
         """Yield the parts of the view that are worked on one after the other."""
         size = max(1, PART_ELEMENTS // math.prod(self.shape[1:]))
         if self.is_channels_last:
-            size = min(size, MAX_RUN)
+            size = min(size, MAX_ROWS)
         for start in range(0, self.shape[0], size):
             yield slice(start, start + size)
 
 
 def view_of(x: Tensor) -> View | None:
     """Return how to read x; None where these kernels have no use for it."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.numel() == 0:
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.numel() == 0 or x.is_neg():
         return None
     is_channels_last = x.movedim(1, -1).is_contiguous()
     return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
@@ -101,7 +110,7 @@ def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
     """Return the tensor in the layout of x."""
-    return tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
+    return tensor if tensor.stride() == x.stride() and not tensor.is_neg() else torch.empty_like(x).copy_(tensor)
 
 
 class Cpu(Composed):
@@ -117,26 +126,9 @@ class Cpu(Composed):
         view = view_of(x) if mask is None else None
         if view is None:
             return super().stats(x, mask)
-        flat, count = view.of(x), torch_ops.local_count(x, None)
-        mean = view.sample_mean(x)
-        for is_centred in (False, True):
-            pivot = mean.to(accumulation_dtype(x))
-            origin = view.spread(pivot, x)
-            sums: Tensor | None = None
-            for part in view.parts():
-                values = flat[part].to(origin.dtype)
-                if is_centred:
-                    values = values - view.broadcast(origin)
-                sums = _add(sums, values, values, _constant(0, origin) if is_centred else origin, view)
-            assert sums is not None
-            total, product = sums
-            mean = total / count
-            mean = mean + pivot if is_centred else mean
-            offset = mean - pivot
-            M2 = product - total * offset
-            if ((mean.square() + offset.square()) * count <= MAX_SQUARES * M2).all():
-                break
-        return count, mean, M2.clamp(min=0)
+        with np.errstate(all="ignore"):
+            mean, M2 = _mean_and_M2(x, view)
+        return torch_ops.local_count(x, None), torch.from_numpy(mean), torch.from_numpy(M2)
 
     def channels(self, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Channels:
         """Return what the elementwise steps need, with their coefficients."""
@@ -152,7 +144,7 @@ class Cpu(Composed):
             return super().elemt(x, channels, residual=residual, mask=mask, activation=activation)
         y = torch.empty_like(x)
         output = view.of(y)
-        preactivation = _Affine(x, coefficients_of(channels), view)
+        preactivation = _Affine(x, coefficients_of(channels).numpy(), view)
         added = None if residual is None else view.of(like(residual, x))
         for part in view.parts():
             z = preactivation.of(part, out=output[part])
@@ -196,12 +188,12 @@ class Cpu(Composed):
             )
         dy = grad_output if activation == "identity" else torch.empty_like(x)
         flat, gradient, gradient_in = view.of(x), view.of(grad_output), view.of(dy)
-        pivot = channels.mean.to(accumulation_dtype(x))
-        origin = view.spread(pivot, x)
+        mean = channels.mean.numpy()
+        origin = view.spread(mean, x)
         if activation != "identity":
-            preactivation = _Affine(x, coefficients_of(channels), view)
+            preactivation = _Affine(x, coefficients_of(channels).numpy(), view)
         added = None if residual is None else view.of(like(residual, x))
-        sums: Tensor | None = None
+        sums = np.zeros((2, len(origin)))
         for part in view.parts():
             if activation != "identity":
                 z = preactivation.of(part, out=gradient_in[part])
@@ -214,11 +206,10 @@ class Cpu(Composed):
                     z.copy_(ACTIVATIONS[activation].backward(own, z))
                 if z.dtype != x.dtype:
                     gradient_in[part] = z
-            sums = _add(sums, gradient_in[part].to(origin.dtype), flat[part].to(origin.dtype), origin, view)
-        assert sums is not None
-        sum_dy, sum_dy_xmu = sums
-        sum_dy_xmu += sum_dy * (pivot - channels.mean)
-        return reduced(sum_dy, sum_dy_xmu, channels, dy, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
+            sums += _sums(gradient_in[part].to(origin.dtype), flat[part].to(origin.dtype), origin)
+        sum_dy, sum_dy_xmu = map(view.fold, sums)
+        sum_dy_xmu += sum_dy * (mean.astype(origin.numpy().dtype) - mean)  # what rounding the mean has left
+        return reduced_of(sum_dy, sum_dy_xmu, channels, dy, weight_dtype, bias_dtype)
 
     def backward_elemt(
         self,
@@ -252,18 +243,18 @@ class Cpu(Composed):
         assert dy is not None
         grad_input = dy if activation != "identity" and not keeps_dy else torch.empty_like(x)
         gradient, result = view.of(dy), view.of(grad_input)
-        pivot, scale, _ = coefficients_of(channels)
-        slope, shift = torch_ops.slope_and_shift(scale, channels, count, *sums.chunk(2))
-        linear = _Affine(x, torch.stack([pivot, slope, shift + (pivot - channels.mean) * slope]), view)
-        scale = view.broadcast(view.spread(scale, x))
+        with np.errstate(all="ignore"):
+            scale, coefficients = grad_input_coefficients(channels, count, sums)
+        linear = _Affine(x, coefficients, view)
+        factor = view.broadcast(view.spread(scale, x))
         for part in view.parts():
             term, own = linear.of(part), gradient[part]
             if view.is_channels_last and own.dtype == term.dtype:
-                torch.addcmul(term, own, scale, out=result[part])
+                torch.addcmul(term, own, factor, out=result[part])
             elif own.dtype == term.dtype:  # two fast kernels against one slow
-                torch.mul(own, scale, out=result[part]).add_(term)
+                torch.mul(own, factor, out=result[part]).add_(term)
             else:
-                result[part].copy_(term.addcmul_(own, scale))
+                result[part].copy_(term.addcmul_(own, factor))
         return grad_input
 
 
@@ -271,19 +262,77 @@ def coefficients_of(channels: Channels, max_mean_over_std: float = MAX_MEAN_OVER
     """Return pivot, scale and shift of `(x - pivot) * scale + shift`, (3, C) float64; pivot 0 where nothing cancels."""
     if channels.coefficients is not None:
         return channels.coefficients
-    cancels = (channels.mean * channels.invstd).abs() > max_mean_over_std
-    pivot = torch.where(cancels, channels.mean.float(), 0)
-    scale, shift = torch_ops.forward_coefficients(channels)
-    return torch.stack([pivot, scale, shift + (pivot - channels.mean) * scale])
+    mean, invstd = channels.mean.numpy(), channels.invstd.numpy()
+    with np.errstate(all="ignore"):
+        rounded = mean.astype(np.float32).astype(np.float64)
+        rounded = np.where(np.isfinite(rounded), rounded, mean)
+        pivot = np.where(np.abs(mean * invstd) > max_mean_over_std, rounded, 0)
+        scale = invstd if channels.weight is None else invstd * _float64(channels.weight)
+        shift = (pivot - mean) * scale
+        if channels.bias is not None:
+            shift += _float64(channels.bias)
+    return torch.from_numpy(np.stack([pivot, scale, shift]))
+
+
+def grad_input_coefficients(channels: Channels, count: Tensor, sums: Tensor) -> tuple[Array, Array]:
+    """Return `a`, (C,), and pivot, scale and shift, (3, C), of `grad_input = dy * a + (x - pivot) * scale + shift`."""
+    pivot, scale, _ = coefficients_of(channels).numpy()
+    sum_dy, sum_dy_xmu = sums.numpy().reshape(2, -1)
+    factor = -scale / max(float(count), 1.0)
+    slope = factor * np.square(channels.invstd.numpy()) * sum_dy_xmu
+    return scale, np.stack([pivot, slope, factor * sum_dy + (pivot - channels.mean.numpy()) * slope])
+
+
+def reduced_of(
+    sum_dy: Array,
+    sum_dy_xmu: Array,
+    channels: Channels,
+    dy: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> Reduced:
+    """Return both sums, (C,) float64, with the gradients of weight and bias."""
+    tensors = (torch.from_numpy(sum_dy), torch.from_numpy(sum_dy_xmu))
+    return reduced(*tensors, channels, dy, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
+
+
+def _float64(values: Tensor) -> Array:
+    array: Array = values.detach().double().numpy()
+    return array
+
+
+def _mean_and_M2(x: Tensor, view: View) -> tuple[Array, Array]:
+    """Return both of this rank, (C,) float64; the first pass is enough unless the mean is far from 0."""
+    flat, count = view.of(x), x.numel() // view.num_channels
+    pivot = view.guess_of_mean(x)
+    for is_centred in (False, True, True):
+        origin = view.spread(pivot, x)
+        pivot = pivot.astype(origin.numpy().dtype).astype(np.float64)
+        sums = np.zeros((2, len(origin)))
+        for part in view.parts():
+            values = flat[part].to(origin.dtype)
+            if is_centred:
+                values = values - view.broadcast(origin)
+            sums += _sums(values, values, _constant(0, origin) if is_centred else origin)
+        total, product = map(view.fold, sums)
+        mean = total / count + (pivot if is_centred else 0)
+        offset = mean - pivot
+        M2 = product - total * offset
+        squares = offset**2 if is_centred else offset**2 + mean**2
+        pivot = mean
+        if (squares * count <= MAX_SQUARES * M2).all():
+            break
+    return mean, np.maximum(M2, 0)
 
 
 class _Affine:
     """`(x - pivot) * scale + shift` of a part, in the accumulation dtype."""
 
-    def __init__(self, x: Tensor, coefficients: Tensor, view: View) -> None:
+    def __init__(self, x: Tensor, coefficients: Array, view: View) -> None:
+        pivot, scale, shift = coefficients
         self.values = view.of(x)
-        pivot, self.scale, self.shift = view.spread(coefficients, x)
-        self.pivot = view.broadcast(pivot) if coefficients[0].any() else None
+        self.scale, self.shift = view.spread(scale, x), view.spread(shift, x)
+        self.pivot = view.broadcast(view.spread(pivot, x)) if pivot.any() else None
         self.buffer: Tensor | None = None
 
     def of(self, part: slice, out: Tensor | None = None) -> Tensor:
@@ -301,13 +350,12 @@ class _Affine:
         )[0]  # fmt: skip
 
 
-def _add(sums: Tensor | None, dy: Tensor, x: Tensor, mean: Tensor, view: View) -> Tensor:
-    """Return `sums` plus sum(dy) and sum(dy * (x - mean)) of a part, (2, C) float64."""
+def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> Array:
+    """Return sum(dy) and sum(dy * (x - mean)) for each channel of a view, (2, K) float64."""
     _, product, total = aten.native_batch_norm_backward(
         dy, x, None, mean, _constant(1, mean), None, None, False, 0.0, [False, True, True]
     )
-    own = view.fold(torch.stack([total, product]))
-    return own if sums is None else sums.add_(own)
+    return np.stack([total.numpy(), product.numpy()]).astype(np.float64)
 
 
 def _constant(value: float, like: Tensor) -> Tensor:
@@ -316,7 +364,8 @@ def _constant(value: float, like: Tensor) -> Tensor:
 
 @lru_cache
 def _constants(value: float, size: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((size,), value, dtype=dtype)  # nobody writes to it
+    """Return a tensor that nobody writes to; made by NumPy, so that it is plain in whatever mode it is first needed."""
+    return torch.from_numpy(np.full(size, value, np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _divisors(number: int) -> list[int]:
