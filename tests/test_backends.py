@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 import torch
 from contract import CASES, Case, check_training_step, check_variance
+from torch.utils.flop_counter import FlopCounterMode
 
-from syncbn import backends
+import syncbn
+from syncbn import backends, reference
 from syncbn.backends import compiled, cpu
 from syncbn.statistics import Running
+
+
+@pytest.fixture(autouse=True)
+def no_minimum(monkeypatch):
+    monkeypatch.setattr(cpu, "MIN_ELEMENTS", 0)
+
 
 IN_FLOAT64 = [case._replace(dtype=torch.float64) for case in CASES[:9]]
 
@@ -60,17 +68,17 @@ WITHOUT_A_COMPILER = """
 import warnings
 import torch, syncbn
 from syncbn import backends
-x = torch.randn(4, 3, 5, requires_grad=True)
+x = torch.randn(64, 64, 8, 8, requires_grad=True)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    layers = [syncbn.SyncBatchNorm(3, activation="relu") for _ in range(2)]
+    layers = [syncbn.SyncBatchNorm(64, activation="relu") for _ in range(2)]
     for layer in layers:
         layer(x).square().sum().backward()
 print([str(w.message) for w in caught if "syncbn" in str(w.message)])
 assert backends.select(x) is backends.CPU
 expected = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))
 torch.testing.assert_close(layers[0](x), expected)
-"""
+"""  # (64, 64, 8, 8) is large enough for kernels
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
@@ -101,6 +109,77 @@ def test_the_variance_has_six_digits_at_any_mean_and_scale(name, mean, std, requ
     own = {"torch": backends.PLAIN, "cpu": backends.CPU, "compiled": backends.COMPILED}
     backend = own.get(name) or request.getfixturevalue("triton_launch")
     assert check_variance(backend, mean, std, (6, 3, 31, 30), device if name == "triton" else "cpu") < 1e-6
+
+
+ON_CPU = {"cpu": backends.CPU, "compiled": backends.COMPILED}
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_variance_has_six_digits_where_the_batch_cannot_be_split_evenly(name, monkeypatch):
+    monkeypatch.setattr(compiled, "is_available", False)
+    means = 1 + torch.rand(257, dtype=torch.float64)
+    for mean_over_std in (0, 1e4, 1e6):
+        x = (torch.randn(1031, 257, dtype=torch.float64) * 30 + 30 * mean_over_std * means).float()  # 1031 is prime
+        count, _, M2 = ON_CPU[name].stats(x, None)
+        expected = x.double().numpy().var(0)
+        np.testing.assert_allclose(M2 / count, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_first_image_unlike_the_others_costs_no_accuracy(name, monkeypatch):
+    monkeypatch.setattr(compiled, "is_available", False)
+    x = torch.randn(20, 3, 10, 10)
+    x[0] += 1e5
+    for layout in (torch.contiguous_format, torch.channels_last):
+        count, _, M2 = ON_CPU[name].stats(x.contiguous(memory_format=layout), None)
+        np.testing.assert_allclose(M2 / count, x.double().var((0, 2, 3), correction=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["torch", "auto", "compiled"])
+def test_what_works_in_place_may_follow_the_layer(name, monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", name)
+    monkeypatch.setattr(compiled, "is_available", name == "compiled")
+    x = torch.randn(4, 5, 6, 7)
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(5, 5, 1), syncbn.SyncBatchNorm(5), torch.nn.ReLU(inplace=inplace))
+        model(x).square().sum().backward()
+        results.append(model[0].weight.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_the_default_device_of_the_first_call_does_not_matter(monkeypatch):
+    cpu._constants.cache_clear()
+    x = torch.randn(4, 5, 6, 7)
+    layer = syncbn.SyncBatchNorm(5)
+    with torch.device("meta"):
+        y = layer(x)
+    torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize("name", ["auto", "compiled"])
+def test_a_negative_view_is_read_as_what_it_stands_for(name, monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", name)
+    x = torch._neg_view(torch.randn(4, 5, 6, 7) + 3)
+    layer = syncbn.SyncBatchNorm(5, momentum=1.0)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+
+
+def test_float64_has_its_whole_range():
+    x = torch.randn(40, 5, dtype=torch.float64) * 1e36 + 1e39
+    y = syncbn.SyncBatchNorm(5, eps=0, dtype=torch.float64)(x)
+    np.testing.assert_allclose(y.detach(), reference.batch_norm(x.numpy() / 1e36, eps=0).output, atol=1e-9)
+
+
+def test_a_mode_under_which_nothing_can_be_compiled_does_not_switch_compilation_off(monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", "compiled")
+    layer, x = syncbn.SyncBatchNorm(5), torch.randn(4, 5, 6, 7)
+    with FlopCounterMode(display=False):
+        y = layer(x)
+    assert compiled.is_available
+    torch.testing.assert_close(layer(x), y)
 
 
 def test_an_activation_keeps_nan_and_a_refused_count_moves_nothing(triton_launch, device):

@@ -37,7 +37,7 @@ is_available = True
 
 
 class Compiled(Cpu):
-    """The steps for CPU tensors, contiguous or channels last; what is masked or of another layout goes to the verbs."""
+    """The steps for CPU tensors, contiguous or channels last; what is small, masked or else goes to the verbs."""
 
     max_mean_over_std = 0.0  # a pivot costs nothing here
 

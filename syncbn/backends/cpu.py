@@ -23,6 +23,7 @@ from syncbn.backends.composed import Composed, reduced
 from syncbn.backends.torch_ops import accumulation_dtype
 from syncbn.statistics import Channels, Reduced
 
+MIN_ELEMENTS = 2**18  # below, plain operations are as fast: their calls are fewer
 PART_ELEMENTS = 2**19  # 2 MB of float32; smaller parts pay more for calls than they gain in the cache
 MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share it
 MAX_ROWS = 256  # values that one accumulator adds up: about 3e-7 relative error of a sum of squares in float32
@@ -89,7 +90,9 @@ class View(NamedTuple):
 
 def view_of(x: Tensor) -> View | None:
     """Return how to read x; None where these kernels have no use for it."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.numel() == 0 or x.is_neg():
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.is_neg():
+        return None
+    if x.numel() < max(MIN_ELEMENTS, 1):
         return None
     is_channels_last = x.movedim(1, -1).is_contiguous()
     return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
@@ -114,7 +117,7 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 class Cpu(Composed):
-    """The steps for CPU tensors, contiguous or channels last; what is masked or of another layout goes to the verbs."""
+    """The steps for CPU tensors, contiguous or channels last; what is small, masked or else goes to the verbs."""
 
     max_mean_over_std = MAX_MEAN_OVER_STD
 
@@ -318,7 +321,7 @@ def _mean_and_M2(x: Tensor, view: View) -> tuple[Array, Array]:
         mean = total / count + (pivot if is_centred else 0)
         offset = mean - pivot
         M2 = product - total * offset
-        squares = offset**2 if is_centred else offset**2 + mean**2
+        squares = 16 * offset**2 if is_centred else offset**2 + mean**2  # the rest of a bad mean costs its square
         pivot = mean
         if (squares * count <= MAX_SQUARES * M2).all():
             break
