@@ -81,6 +81,6 @@ def test_milestones_outside_of_the_run_are_refused():
 def test_one_cycle_peaks_at_the_rate_and_ends_far_below_its_start():
     course = course_of(one_cycle, 100, steps_per_epoch=10, warmup_fraction=0.3)
     assert course[0] == pytest.approx(0.08)
-    assert max(course) == pytest.approx(2.0)
+    assert max(course) == pytest.approx(2.0, rel=1e-2)
     assert 28 <= course.index(max(course)) <= 31
     assert course[-1] < course[0] / 10
