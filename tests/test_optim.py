@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.optim import build_optimizer, parameter_groups, warmup_cosine
+from train.optim import build_optimizer, one_cycle, parameter_groups, warmup_cosine, warmup_steps
 
 
 def small_model():
@@ -55,3 +55,32 @@ def test_the_rate_ends_at_the_fraction_asked_for():
 
 def test_a_run_shorter_than_its_warm_up_still_has_a_rate():
     assert rates(1, steps_per_epoch=10, warmup_epochs=1) == [2.0]
+
+
+def course_of(scheduler_of, total_steps, **options):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0, momentum=0.9)
+    scheduler = scheduler_of(optimizer, total_steps=total_steps, **options)
+    course = []
+    for _ in range(total_steps):
+        course.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return course
+
+
+def test_the_papers_steps_start_low_and_fall_tenfold_at_each_milestone():
+    course = course_of(warmup_steps, 8, steps_per_epoch=2, milestones=[0.5, 0.75], warmup_epochs=1)
+    assert course == pytest.approx([0.2, 0.2, 2, 2, 0.2, 0.2, 0.02, 0.02])
+
+
+def test_milestones_outside_of_the_run_are_refused():
+    with pytest.raises(ValueError, match=r"rising milestones between 0 and 1, shares of the run, got \[30, 60\]"):
+        course_of(warmup_steps, 8, steps_per_epoch=2, milestones=[30, 60])
+
+
+def test_one_cycle_peaks_at_the_rate_and_ends_far_below_its_start():
+    course = course_of(one_cycle, 100, steps_per_epoch=10, warmup_fraction=0.3)
+    assert course[0] == pytest.approx(0.08)
+    assert max(course) == pytest.approx(2.0, rel=1e-2)
+    assert 28 <= course.index(max(course)) <= 31
+    assert course[-1] < course[0] / 10

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from train.norms import group_norm
+from train.mlp import MLP
+from train.norms import batch_norm, group_norm
 from train.preact_resnet import FORMS, PreActBlock, PreActBottleneck, PreActResNet, preact_resnet
 
 
@@ -132,3 +133,54 @@ def test_any_stages_can_be_built_and_an_unknown_depth_names_the_known_ones():
     assert network(torch.randn(2, 1, 8, 8)).shape == (2, 5)
     with pytest.raises(ValueError, match=r"depth must be one of \[18, 20, 34, .*\], got 19"):
         preact_resnet(19, nn.BatchNorm2d, num_classes=10)
+
+
+@pytest.mark.parametrize("depth", [20, 164])
+def test_zero_init_starts_every_unit_as_its_shortcut(depth):
+    network = preact_resnet(depth, nn.BatchNorm2d, num_classes=3, width=4, zero_init=True)
+    unit = network.stages[0][1]
+    x = torch.randn(2, unit.norm1.num_features, 8, 8)
+    assert torch.equal(unit(x), x)
+    assert not torch.equal(preact_resnet(depth, nn.BatchNorm2d, num_classes=3, width=4).stages[0][1](x), x)
+
+
+@pytest.mark.parametrize("order", ["bn_relu", "relu_bn"])
+def test_the_order_of_norm_and_activation_is_an_option(order):
+    network = preact_resnet(20, nn.BatchNorm2d, num_classes=3, width=4, order=order)
+    pooled = []
+    network.head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    network(torch.randn(8, 3, 8, 8))
+    # the mean of what was just normalized is 0 over the batch; of what was then activated it is above
+    assert bool((pooled[0].mean(0).abs() < 1e-5).all()) == (order == "relu_bn")
+
+
+def test_a_norm_that_activates_is_not_activated_again_and_gives_the_same():
+    plain = preact_resnet(20, nn.BatchNorm2d, num_classes=3, width=4)
+    fused = preact_resnet(20, lambda channels: batch_norm(channels, "relu"), num_classes=3, width=4)
+    fused.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-4, atol=1e-5)
+
+
+def test_an_order_that_a_fused_norm_cannot_have_is_refused():
+    with pytest.raises(ValueError, match=r"set norm\.activation=identity"):
+        preact_resnet(20, lambda channels: batch_norm(channels, "relu"), num_classes=3, order="relu_bn")
+
+
+def test_dropout_zeroes_values_before_the_last_convolution_in_training_alone():
+    unit = PreActBlock(4, 4, 1, nn.BatchNorm2d, dropout=0.5)
+    shares = []
+    unit.conv2.register_forward_pre_hook(lambda module, inputs: shares.append(float((inputs[0] == 0).float().mean())))
+    x = torch.randn(16, 4, 8, 8)
+    unit(x)
+    unit.eval()(x)
+    assert shares[0] == pytest.approx(0.75, abs=0.05)  # half of them by ReLU
+    assert shares[1] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, group_norm, nn.Identity])
+def test_a_fully_connected_network_takes_every_norm_and_an_empty_batch(norm_layer):
+    network = MLP(norm_layer, num_classes=3, in_channels=1, image_size=8, widths=(6, 5), dropout=0.1)
+    assert network(torch.randn(4, 1, 8, 8)).shape == (4, 3)
+    assert network(torch.empty(0, 1, 8, 8)).shape == (0, 3)
+    assert {layer.bias is not None for layer in network.layers} == {norm_layer is nn.Identity}
