@@ -171,7 +171,8 @@ def _our_sequence(x: Tensor, grad_output: Tensor) -> Step:
         sums, *_ = triton_launch.backward_reduce(
             grad_output, x, channels, **extras, weight_dtype=weight.dtype, bias_dtype=bias.dtype, needs_dy=False
         )
-        return y, triton_launch.backward_elemt(grad_output, x, channels, **extras, dy=None, count=count, sums=sums)
+        rest: dict[str, Any] = {"dy": None, "keeps_dy": False, "count": count, "sums": sums}
+        return y, triton_launch.backward_elemt(grad_output, x, channels, **extras, **rest)
 
     return step
 
@@ -270,7 +271,7 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
                 check({"ours": _our_sequence(x, grad_output)}, x, grad_output)
                 count, _, channels = triton_launch.own_stats(x, None, None, None, eps=EPS, running=None)
                 sums = triton_launch.backward_reduce(grad_output, x, channels, **extras, **dtypes).sums
-                total: dict[str, Any] = {"dy": None, "count": count, "sums": sums}
+                total: dict[str, Any] = {"dy": None, "keeps_dy": False, "count": count, "sums": sums}
                 label = "/".join(map(str, setting))
                 steps = {
                     f"{label} stats": lambda: triton_launch.pack_stats(x, None),

@@ -249,7 +249,8 @@ def _digest(tensor: Any) -> str:
             tensor = tensor.to_local()
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
-        content = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+        plain = tensor.detach().resolve_conj().resolve_neg().to("cpu", copy=True)  # FSDP resizes what it shards
+        content = plain.contiguous().reshape(-1).view(torch.uint8)
         return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(content.numpy().tobytes()).hexdigest()}"
     except Exception as error:
         return f"cannot be read: {error}"

@@ -149,6 +149,18 @@ def test_what_works_in_place_may_follow_the_layer(name, monkeypatch):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["torch", "auto", "compiled"])
+def test_the_memory_of_the_caller_stays_resizable_as_fsdp_needs_it(name, monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, activation="relu")
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    syncbn.assert_replicas_equal(layer)
+    gradients = [x.grad, layer.weight.grad, layer.bias.grad]
+    assert all(t.untyped_storage().resizable() for t in [*layer.state_dict().values(), x, y, *gradients])
+
+
 def test_the_default_device_of_the_first_call_does_not_matter(monkeypatch):
     cpu._constants.cache_clear()
     x = torch.randn(4, 5, 6, 7)

@@ -159,5 +159,5 @@ def reduced(
 ) -> Reduced:
     """Return both sums, (C,) float64 of one rank, and the gradients of weight and bias that follow from them."""
     grad_weight = None if weight_dtype is None else (sum_dy_xmu * channels.invstd).to(weight_dtype)
-    grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype)
+    grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype, copy=True)
     return Reduced(torch.cat([sum_dy, sum_dy_xmu]), grad_weight, grad_bias, dy)

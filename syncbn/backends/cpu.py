@@ -300,7 +300,7 @@ def reduced_of(
 
 
 def _float64(values: Tensor) -> Array:
-    array: Array = values.detach().double().numpy()
+    array: Array = values.detach().to(torch.float64, copy=True).numpy()  # of a copy: FSDP resizes what it shards
     return array
 
 
