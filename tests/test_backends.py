@@ -58,10 +58,10 @@ def test_sizes_share_one_compilation(monkeypatch):
     counters = torch._dynamo.utils.counters
     torch.compiler.reset()
     counters.clear()
-    for C, sizes in ((5, (4, 6)), (7, (9, 3)), (64, (8, 8))):
-        for N in (2, 5):
+    for C, sizes in ((5, (4, 6)), (7, (9, 3)), (64, (8, 8)), (3, (2, 4))):
+        for N in (2, 3, 5):
             check_training_step(backends.COMPILED, Case((N, C, *sizes), residual=False, needs_dy=False))
-    assert counters["stats"]["unique_graphs"] == 4  # statistics, output, backward sums, gradient
+    assert counters["stats"]["unique_graphs"] == 5  # sums, per-channel values, output, backward sums, gradient
 
 
 WITHOUT_A_COMPILER = """

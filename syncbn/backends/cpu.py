@@ -88,11 +88,16 @@ class View(NamedTuple):
             yield slice(start, start + size)
 
 
+def is_large(x: Tensor) -> bool:
+    """Return whether x is a plain tensor of some size, for which kernels other than plain operations are worth it."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.is_neg():
+        return False
+    return x.numel() >= max(MIN_ELEMENTS, 1)
+
+
 def view_of(x: Tensor) -> View | None:
     """Return how to read x; None where these kernels have no use for it."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.is_neg():
-        return None
-    if x.numel() < max(MIN_ELEMENTS, 1):
+    if not is_large(x):
         return None
     is_channels_last = x.movedim(1, -1).is_contiguous()
     return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
@@ -102,12 +107,12 @@ def view_of(x: Tensor) -> View | None:
 def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
     num_channels, spatial = shape[1], math.prod(shape[2:])
     if not is_channels_last:
-        repeats = next(d for d in _divisors(spatial) if spatial // d <= MAX_RUN)
+        repeats = next(d for d in divisors(spatial) if spatial // d <= MAX_RUN)
         run = spatial // repeats
         view = View((shape[0], num_channels * repeats, run), num_channels, repeats, False)
         return view if run >= 16 or repeats == 1 else None
     rows = shape[0] * spatial
-    repeats = max(d for d in _divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
+    repeats = max(d for d in divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
     return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
 
 
@@ -371,7 +376,7 @@ def _constants(value: float, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.full(size, value, np.float64 if dtype == torch.float64 else np.float32))
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     """Return all divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
