@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import ctypes
 import os
 import pickle
 import platform
@@ -23,6 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import syncbn
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -213,6 +216,17 @@ def in_turns(steps: dict[str, Callable[[], object]], rounds: int, device: torch.
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def keep_freed_memory() -> None:
+    """Let glibc hand freed memory out again instead of back to the system, as a training run's steady state would.
+
+    Otherwise which candidate pays for fresh pages, several times the cost of normalizing them, is a matter of luck.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def on_ranks(ranks: int, fn: Callable, *args: Any, device: str = "cpu") -> Any:
     """Return what `fn(*args)` returns on rank 0 of `ranks` fresh processes with one thread each.
 
@@ -226,6 +240,7 @@ def on_ranks(ranks: int, fn: Callable, *args: Any, device: str = "cpu") -> Any:
         found = torch.cuda.device_count()
         raise SystemExit(f"expected a GPU for each of {ranks} ranks, got {found}: lower --ranks or take --device cpu")
     if ranks == 1:
+        keep_freed_memory()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -242,6 +257,7 @@ def on_ranks(ranks: int, fn: Callable, *args: Any, device: str = "cpu") -> Any:
 
 def _run_rank(rank: int, ranks: int, folder: str, device: str, fn: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(

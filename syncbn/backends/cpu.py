@@ -24,10 +24,10 @@ from syncbn.backends.torch_ops import accumulation_dtype
 from syncbn.statistics import Channels, Reduced
 
 MIN_ELEMENTS = 2**18  # below, plain operations are as fast: their calls are fewer
-PART_ELEMENTS = 2**19  # 2 MB of float32; smaller parts pay more for calls than they gain in the cache
+PART_ELEMENTS = 2**20  # 4 MB of float32; smaller parts pay more for calls than they gain in the cache
 MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share it
 MAX_ROWS = 64  # values that one accumulator adds up: below 5e-7 relative error of a sum of squares in float32
-MAX_SPREAD_CHANNELS = 4096  # accumulators side by side that stay in the first-level cache
+MAX_SPREAD_CHANNELS = 2**14  # accumulators side by side; as many as make a part of `MAX_ROWS` rows
 GUESS_FROM = 16  # values: their mean is rarely off by more than a standard deviation
 MAX_MEAN_OVER_STD = 8.0  # up to which `x * scale + shift` costs no more than a bit of the result
 MAX_SQUARES = 4.0  # over the variance, up to which `sum(x * (x - pivot))` costs no more than a bit of it
