@@ -4,8 +4,8 @@
 
 A comma separates the values to try. Each job is a torchrun on a free port (or `python -m train` with --nproc 1); one
 that fails is noted and the next one starts. Started again, the sweep leaves out what is done and resumes what was cut
-off. At the end there are sweep.csv, a table and sweep.png in the output directory, and the exit code is 1 if a job has
-failed.
+off; other settings need another --output. At the end there are sweep.csv, a table and sweep.png in the output
+directory, and the exit code is 1 if a job has failed.
 """
 
 import argparse
@@ -39,10 +39,22 @@ def name_of(job: tuple[str, ...]) -> str:
 
 
 def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int) -> str:
-    """Train unless it is done; return "done" or "failed"."""
+    """Train unless it is done; return "done" or "failed".
+
+    Raises:
+        SystemExit: the directory has the job of another sweep.
+    """
+    settings = "\n".join([f"--nproc {nproc}", *sorted(fixed), *job]) + "\n"
+    record = directory / "settings.txt"
+    if record.exists() and record.read_text() != settings:
+        raise SystemExit(
+            f"error: {directory} has a job with other settings ({', '.join(record.read_text().split())}): "
+            "name another directory with --output DIR"
+        )
     if (directory / "result.json").exists():
         return "done"
     directory.mkdir(parents=True, exist_ok=True)
+    record.write_text(settings)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, "-m", "train", *fixed, *job]
     command += [f"run_name='{directory.name}'", f"run_dir='{directory}'", "resume=auto"]

@@ -57,6 +57,18 @@ def test_multirun_in_a_single_process_is_hydras_own(monkeypatch):
     distenv.refuse_multirun(["-m", "norm=sync,local"])
 
 
+def test_tasks_of_slurm_without_torchrun_are_refused_with_the_way_that_works(monkeypatch):
+    under(monkeypatch)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(SystemExit, match=r"SLURM has 8 tasks .*: start one torchrun for each node .*slurm.sbatch"):
+        distenv.refuse_slurm_tasks()
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    distenv.refuse_slurm_tasks()
+    under(monkeypatch, **TORCHRUN)
+    monkeypatch.delenv("SLURM_JOB_NAME")
+    distenv.refuse_slurm_tasks()
+
+
 def test_rank_0_reports_before_the_others(monkeypatch):
     waited = []
     monkeypatch.setattr(distenv.time, "sleep", waited.append)

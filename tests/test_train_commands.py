@@ -206,6 +206,10 @@ def test_a_sweep_continues_after_a_failed_job_and_again_where_it_was_cut_off(tmp
     again = start([part.replace(",nonsense", ",layer") for part in command], tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert (tmp_path / "sweep" / "norm=local" / "result.json").stat().st_mtime_ns == before
+    other = start([part.replace("max_epochs=1", "max_epochs=3") for part in command], tmp_path)
+    assert other.returncode == 1
+    assert "has a job with other settings" in other.stderr
+    assert "Traceback" not in other.stderr
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ def main() -> None:
     """Let rank 0 own Hydra's directory, its log and its messages about a configuration that cannot be composed."""
     distenv.register_resolvers()
     distenv.refuse_multirun(sys.argv[1:])
+    distenv.refuse_slurm_tasks()
     if distenv.rank() == 0:
         task()
         return

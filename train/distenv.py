@@ -103,6 +103,17 @@ def refuse_multirun(arguments: list[str]) -> None:
         )
 
 
+def refuse_slurm_tasks() -> None:
+    """Exit where SLURM runs the trainer as several tasks without torchrun, which sets up the ranks here."""
+    tasks = int(os.environ.get("SLURM_NTASKS") or 1)
+    is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "RANK" not in os.environ and tasks > 1 and not is_interactive:
+        leave(
+            f"SLURM has {tasks} tasks in this job, and each would train by itself: start one torchrun for each node "
+            "(--ntasks-per-node=1), as scripts/slurm.sbatch does"
+        )
+
+
 def leave(message: str) -> NoReturn:
     """Print one message for all ranks and exit with code 1.
 
