@@ -52,15 +52,18 @@ class SyncBatchNormFunction(torch.autograd.Function):
         mean, invstd, coefficients = channels.mean, channels.invstd, channels.coefficients
         ctx.save_for_backward(x, weight, *kept, mask, count, mean, invstd, coefficients)
         ctx.mark_non_differentiable(count, mean, var)
+        ctx.set_materialize_grads(False)  # zeros for these three
         return y, count, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight, bias and residual; weight's and bias's are sums over this rank alone."""
         saved = ctx.saved_tensors  # once: a checkpoint unpacks them a single time
         x, weight, bias, residual, mask, count, mean, invstd, coefficients = saved
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         checks.announce_backward(ctx.record, ctx.process_group)
+        if grad_output is None:
+            grad_output = torch.zeros_like(x)
         # create_graph=True; a tracer may have gradients enabled as well, and has no use for them
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, saved[:7], grad_output)

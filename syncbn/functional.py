@@ -129,7 +129,8 @@ def normalize(
     y, count, mean, var = SyncBatchNormFunction.apply(
         x, weight, bias, residual, mask, eps, activation, process_group, record, running if is_fused else None
     )
-    count, mean, var = count.detach(), mean.detach(), var.detach()  # torch.compile of torch 2.11 thinks they need it
+    if torch.compiler.is_compiling():
+        count, mean, var = count.detach(), mean.detach(), var.detach()  # torch 2.11 takes them for differentiable
     if _may_read(count, needs_to=at_most_one):
         _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)
     if running is not None and not is_fused:

@@ -70,9 +70,11 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, var
 
 
-def invstd_of(var: Tensor, eps: float) -> Tensor:
+def invstd_of(var: Tensor, eps: float | Tensor) -> Tensor:
     """Return `1 / sqrt(var + eps)`, and 0 where `var + eps` is 0: a constant channel then yields the bias, not NaN."""
     shifted = var + eps
+    if isinstance(eps, float) and eps > 0:
+        return shifted.rsqrt()
     return torch.where(shifted == 0, 0.0, shifted.rsqrt())
 
 

@@ -21,7 +21,7 @@ from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.composed import Composed, reduced
 from syncbn.backends.torch_ops import accumulation_dtype
-from syncbn.statistics import Channels, Reduced
+from syncbn.statistics import Channels, Reduced, Running
 
 MIN_ELEMENTS = 2**18  # below, plain operations are as fast: their calls are fewer
 PART_ELEMENTS = 2**20  # 4 MB of float32; smaller parts pay more for calls than they gain in the cache
@@ -124,8 +124,6 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 class Cpu(Composed):
     """The steps for CPU tensors, contiguous or channels last; what is small, masked or else goes to the verbs."""
 
-    max_mean_over_std = MAX_MEAN_OVER_STD
-
     def __init__(self) -> None:
         super().__init__(torch_ops)
 
@@ -138,10 +136,27 @@ class Cpu(Composed):
             mean, M2 = _mean_and_M2(x, view)
         return torch_ops.local_count(x, None), torch.from_numpy(mean), torch.from_numpy(M2)
 
-    def channels(self, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Channels:
-        """Return what the elementwise steps need, with their coefficients."""
-        channels = Channels(mean, invstd, weight, bias)
-        return channels._replace(coefficients=coefficients_of(channels, self.max_mean_over_std))
+    def gather_stats(
+        self, packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
+    ) -> tuple[Tensor, Tensor, Channels]:
+        """Return count, var and what the elementwise steps need, with coefficients where they will use them."""
+        count, var, channels = super().gather_stats(packed, weight, bias, eps=eps, running=running)
+        is_large = type(count) is Tensor and float(count.numpy()) * len(var) >= MIN_ELEMENTS  # some rank's x may be
+        return count, var, _prepared(channels) if is_large else channels
+
+    def own_stats(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        eps: float,
+        running: Running | None,
+    ) -> tuple[Tensor, Tensor, Channels]:
+        """Return the same for this rank alone."""
+        count, var, channels = super().own_stats(x, mask, weight, bias, eps=eps, running=running)
+        return count, var, _prepared(channels) if is_large(x) else channels
 
     def elemt(
         self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
@@ -302,6 +317,10 @@ def reduced_of(
     """Return both sums, (C,) float64, with the gradients of weight and bias."""
     tensors = (torch.from_numpy(sum_dy), torch.from_numpy(sum_dy_xmu))
     return reduced(*tensors, channels, dy, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
+
+
+def _prepared(channels: Channels) -> Channels:
+    return channels._replace(coefficients=coefficients_of(channels))
 
 
 def _float64(values: Tensor) -> Array:
