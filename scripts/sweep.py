@@ -9,6 +9,7 @@ directory, and the exit code is 1 if a job has failed.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -22,6 +23,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
+SECONDS_TO_SAVE = 15
 FIGURES = ("test_accuracy", "correct", "total", "train_loss", "images_per_second", "fit_seconds")
 
 
@@ -58,9 +60,24 @@ def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, "-m", "train", *fixed, *job]
     command += [f"run_name='{directory.name}'", f"run_dir='{directory}'", "resume=auto"]
-    with (directory / "output.log").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    with (
+        (directory / "output.log").open("a") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the job has it too, and saves
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_SAVE)
+            process.kill()
+            raise
     return "done" if code == 0 and (directory / "result.json").exists() else "failed"
+
+
+def error_of(directory: Path) -> str:
+    """Return the last error that a job has printed."""
+    lines = (directory / "output.log").read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if "rror" in line), "no error message")
 
 
 def write(rows: list[dict[str, str]], output: Path) -> None:
@@ -72,7 +89,9 @@ def write(rows: list[dict[str, str]], output: Path) -> None:
     table = Table(*rows[0], title=str(output))
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 160)  # a file has no width of its own
+    console.print(table)
     done = [row for row in rows if row["state"] == "done"]
     figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(done))), layout="constrained")
     axes = figure.subplots()
@@ -80,8 +99,11 @@ def write(rows: list[dict[str, str]], output: Path) -> None:
     bars = axes.barh([row["job"] for row in done], accuracies, color="#4477AA")
     axes.bar_label(bars, [f" {accuracy:.2%}" for accuracy in accuracies])
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.12), xlabel="test accuracy")
+    axes.set(xlim=(0, 1.12), xlabel="test accuracy", xticks=[share / 5 for share in range(6)])
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
+    if not done:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no job is done", transform=axes.transAxes, ha="center")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output / "sweep.png", dpi=150)
 
@@ -93,16 +115,23 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=1, help="ranks of each job")
     parser.add_argument("--output", type=Path, default=Path("outputs/sweep"))
     arguments = parser.parse_args()
+    if arguments.nproc < 1:
+        parser.error(f"--nproc must be at least 1, got {arguments.nproc}")
     choices = [values_of(override) for override in arguments.overrides]
     fixed = [values[0] for values in choices if len(values) == 1]
     axes = [values for values in choices if len(values) > 1]
     rows = []
     for job in itertools.product(*axes):
         directory = (arguments.output / name_of(job)).resolve()
-        state = run_job(job, fixed, directory, arguments.nproc)
+        try:
+            state = run_job(job, fixed, directory, arguments.nproc)
+        except KeyboardInterrupt:
+            sys.exit("stopped: the same command goes on with this job")
         print(f"{state}: {name_of(job)} ({directory}/output.log)", flush=True)
+        if state == "failed":
+            print(f"    {error_of(directory)}", flush=True)
         result = json.loads((directory / "result.json").read_text()) if state == "done" else {}
-        figures = {name: f"{result[name]:.5g}" if name in result else "" for name in FIGURES}
+        figures = {name: "" if result.get(name) is None else f"{result[name]:.5g}" for name in FIGURES}
         rows.append({"job": " ".join(job) or "default", "state": state, **figures})
     write(rows, arguments.output)
     if any(row["state"] != "done" for row in rows):

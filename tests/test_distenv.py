@@ -1,5 +1,8 @@
 """What a launcher's environment is read as, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -43,6 +46,28 @@ def test_the_first_rank_to_ask_the_store_names_the_run_for_all(monkeypatch):
     agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     under(monkeypatch, **TORCHRUN, **agent)
     assert len({distenv.run_stamp() for _ in range(3)}) == 1
+
+
+def test_every_life_has_one_name_on_all_ranks_whatever_the_lives_before_have_left():
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    server.set("train/greeting/2", "of a rank that has died")
+
+    def join(rank):
+        return distenv.meet(torch.distributed.TCPStore("127.0.0.1", server.port), rank, 3)
+
+    with ThreadPoolExecutor(3) as pool:
+        lives = [set(pool.map(join, range(3))) for _ in range(3)]
+    assert [len(life) for life in lives] == [1, 1, 1]
+    assert len({life.name for (life,) in lives}) == 3
+    assert [life.is_restart for (life,) in lives] == [False, True, True]
+
+
+def test_ranks_that_do_not_meet_say_so(monkeypatch):
+    monkeypatch.setattr(distenv, "STORE_TIMEOUT", timedelta(seconds=0.1))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for rank in (0, 1):
+        with pytest.raises(distenv.Refusal, match="the ranks did not meet"):
+            distenv.meet(store, rank, 2)
 
 
 @pytest.mark.parametrize("flag", ["-m", "--multirun"])

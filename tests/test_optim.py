@@ -78,6 +78,23 @@ def test_milestones_outside_of_the_run_are_refused():
         course_of(warmup_steps, 8, steps_per_epoch=2, milestones=[30, 60])
 
 
+def test_one_cycle_goes_on_in_a_longer_run_than_the_one_it_was_saved_in():
+    optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0, momentum=0.9) for _ in range(2)]
+    short, long = (
+        one_cycle(optimizer, total_steps=steps, steps_per_epoch=2)
+        for optimizer, steps in zip(optimizers, (6, 12), strict=True)
+    )
+    for _ in range(6):
+        optimizers[0].step()
+        short.step()
+    long.load_state_dict(short.state_dict())
+    for _ in range(6):
+        optimizers[1].step()
+        long.step()
+    expected = course_of(one_cycle, 12, steps_per_epoch=2)
+    assert optimizers[1].param_groups[0]["lr"] < expected[-1]
+
+
 def test_one_cycle_peaks_at_the_rate_and_ends_far_below_its_start():
     course = course_of(one_cycle, 100, steps_per_epoch=10, warmup_fraction=0.3)
     assert course[0] == pytest.approx(0.08)

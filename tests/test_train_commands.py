@@ -113,7 +113,7 @@ def test_an_exported_network_computes_the_same_for_any_batch(kind, fold, trained
             load = torch.jit.load if kind == "torchscript" else partial(torch.load, weights_only=False)
             found = load(output)(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    beside = json.loads(output.with_suffix(".json").read_text())
+    beside = json.loads(output.with_name(f"{output.name}.json").read_text())
     assert beside["mean"] == [0.3053]
     assert beside["input"] == ["N", 1, 8, 8]
 
@@ -150,6 +150,7 @@ def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
     digits = load_digits()
     for i in range(3):
         Image.fromarray((digits.images[i] * 255 / 16).astype("uint8")).save(tmp_path / f"{i}.png")
+    Image.fromarray((digits.images[0] * 65535 / 16).astype("uint16")).save(tmp_path / "0_of_16_bits.png")
     Image.new("RGB", (31, 17), (200, 10, 10)).save(tmp_path / "other.png")
     files = [str(path) for path in sorted(tmp_path.glob("*.png"))]
     done = start(
@@ -158,6 +159,8 @@ def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == files
+    assert lines[0][1] == lines[1][1]  # of 8 and of 16 bits
+    assert abs(float(lines[0][2]) - float(lines[1][2])) < 0.01
     assert all(label in "0123456789" and 0.1 <= float(probability) <= 1 for _, label, probability in lines)
 
 
@@ -170,6 +173,9 @@ def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
         ("evaluate", ["checkpoint={last}", "data.eval_bach_size=3"], "has no value data.eval_bach_size"),
         ("evaluate", ["checkpoint={last}", "model.width=8"], "is of another model: stem.weight has shape"),
         ("export", ["checkpoint={last}", "format=tflite"], "format must be one of torch, torchscript"),
+        ("export", ["checkpoint={last}", "formt=onnx"], "takes checkpoint, format, output and fold, got formt=onnx"),
+        ("export", ["checkpoint={last}", "fold=yes"], "fold must be true or false, got yes"),
+        ("evaluate", ["checkpoint"], "checkpoint=... is needed"),
         ("predict", ["checkpoint={last}"], "name the image files"),
         ("predict", ["checkpoint={last}", "nothing.png"], "there is no image nothing.png"),
         ("predict", ["checkpoint={last}", "broken.ckpt"], "broken.ckpt cannot be read"),

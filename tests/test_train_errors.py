@@ -34,6 +34,8 @@ def prepare(path):
     torch.save({"weights": 1}, path / "foreign.ckpt")
     (path / "full" / "checkpoints").mkdir(parents=True)
     (path / "full" / "checkpoints" / "last.part").symlink_to("/dev/full")
+    (path / "no_report").mkdir()
+    (path / "no_report" / "report.md").symlink_to("/dev/full")
     (path / "outputs").mkdir()
     return [
         (
@@ -56,6 +58,11 @@ def prepare(path):
         (["data.num_train=2000"], r"data.num_train must be between 1 and the 1437 images there are, got 2000"),
         (["norm=torch_sync"], r"norm=torch_sync needs a GPU for every rank"),
         ([f"run_dir={path}/full"], r"checkpoint .*last.ckpt cannot be written \(No space left on device\): make space"),
+        ([f"run_dir={path}/no_report"], r"a file of the run cannot be written \(No space left on device\): make space"),
+        (["scheduler=steps", "scheduler.milestones=[30,60]"], r"scheduler.milestones must be a rising list of shares"),
+        (["trainer.max_epochs=abc"], r"trainer.max_epochs must be a whole number, -1 for no limit, got abc"),
+        (["model=preact_resnet20", "model.width=0"], r"model.width must be a whole number of at least 1, or null"),
+        (["test_checkpoint=frist"], r"test_checkpoint must be last or best, got frist"),
         (
             [f"run_dir={path}/file/run"],
             r"the run directory .*file/run cannot be written \(Not a directory\)",
@@ -86,6 +93,18 @@ def test_a_batch_smaller_than_the_number_of_ranks_ends_all_of_them(tmp_path):
     done = start([*TORCHRUN, "-m", "train", *SMALL, "data.global_batch_size=1"], tmp_path, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("error: every rank must get an image: the global batch has 1 and there are 2 ranks") == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_the_others_without_a_traceback(tmp_path):
+    root = image_folder(tmp_path / "images")
+    broken = root / "train" / "ant" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    images = [*FOLDERS, f"data.root={root}", "data.num_workers=0", "data.global_batch_size=2"]
+    done = start([*TORCHRUN, "-m", "train", *SMALL, *images], tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert f"error: {broken} cannot be read" in done.stderr
+    assert "train/__main__" not in done.stderr, done.stderr  # torchrun has lines of its own
 
 
 @pytest.mark.slow

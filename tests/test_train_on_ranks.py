@@ -171,6 +171,35 @@ def test_uneven_ranks_have_the_gradient_of_the_mean_over_the_global_batch():
         torch.testing.assert_close(rank, alone, rtol=1e-9, atol=1e-12)
 
 
+class AccumulatedGradients(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps.append([parameter.grad.clone() for parameter in pl_module.parameters()])
+
+
+def accumulated_gradients(batch_size, every):
+    if "WORLD_SIZE" in os.environ:
+        as_torchrun()
+    sizes = (f"data.global_batch_size={batch_size}", f"trainer.accumulate_grad_batches={every}")
+    trainer, model, data = build(
+        *DOUBLE, "norm=group", *sizes, "optimizer.lr_per_256=0", "trainer.max_steps=4", "trainer.max_epochs=1"
+    )
+    watch = AccumulatedGradients()
+    trainer.callbacks.append(watch)
+    trainer.fit(model, datamodule=data)
+    return watch.steps
+
+
+def test_accumulated_gradients_are_those_of_the_mean_over_all_images_of_the_step():
+    whole = accumulated_gradients(400, 1)
+    assert len(whole) == 4  # of 400, 400, 400 and 93 images
+    torch.testing.assert_close(accumulated_gradients(80, 5), whole, rtol=1e-9, atol=1e-12)
+    for rank in run_ranks(2, accumulated_gradients, 80, 5):
+        torch.testing.assert_close(rank, whole, rtol=1e-9, atol=1e-12)
+
+
 def test_every_logged_training_figure_is_the_mean_over_the_epochs_images():
     trainer, model, data = build(*DOUBLE, "trainer.max_steps=20", "optimizer.lr_per_256=0")
     record = StepLosses()

@@ -14,11 +14,11 @@ from cli import TORCHRUN, start, user_environment
 from lightning.pytorch import Callback
 from ranks import run_ranks
 
-from train import resume, run
+from train import distenv, resume, run
 from train.distenv import Refusal
 from train.loggers import MetricsFile
 from train.samplers import GlobalBatchSampler
-from train.stop import StopSignals
+from train.stop import Stopped, StopSignals, StopsTests
 
 # everything that has a state or draws random numbers: 2 epochs of 21 steps, running statistics of each rank's own
 STATEFUL = [
@@ -102,7 +102,7 @@ def test_sigterm_and_sigint_save_and_stop_within_ten_seconds_and_the_resumed_run
         assert time.monotonic() - sent < 10
         assert process.returncode != 0
         assert f"stopped by {signum.name}: " in stdout, stderr
-        assert "with resume=auto run_name=run" in stdout
+        assert "with resume=auto run_dir='outputs/run'" in stdout
     done = start(command, tmp_path)
     assert done.returncode == 0, done.stderr
     left = what_a_run_leaves(tmp_path)
@@ -175,7 +175,7 @@ def test_a_run_goes_on_with_the_same_images_on_another_number_of_ranks(of_two_ra
 
 
 def snapshot(**changes):
-    return {"world_size": 2, "global_batch_size": 30, "buffers": None} | changes
+    return {"world_size": 2, "global_batch_size": 30, "batch_idx": 3, "buffers": None} | changes
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,8 @@ def test_another_number_of_ranks_is_refused_where_the_run_would_change(overrides
         ("optimizer=adamw", "optimizer.factory._target_ was torch.optim.SGD and is torch.optim.AdamW"),
         ("trainer.accumulate_grad_batches=2", "accumulate_grad_batches was 1 and is 2"),
         ("data.train_transforms=[]", r"data.train_transforms was \[.*\] and is \[\]"),
+        ("data.mean=[0.1]", r"data.mean was \[0.3053\] and is \[0.1\]"),
+        ("callbacks=ema", "callbacks.ema._target_ was None and is train.statistics.AveragedWeights"),
     ],
 )
 def test_what_would_change_the_course_of_a_run_is_refused_by_name(of_two_ranks, override, change):
@@ -211,9 +213,42 @@ def test_what_would_change_the_course_of_a_run_is_refused_by_name(of_two_ranks, 
         fit(of_two_ranks, "resume=auto", override)
 
 
-def test_a_directory_with_a_run_is_not_overwritten(of_two_ranks):
+def test_a_directory_with_a_run_is_not_overwritten(of_two_ranks, tmp_path):
     with pytest.raises(Refusal, match="holds a run already: continue it with resume=auto, or choose another run_name"):
         fit(of_two_ranks)
+    with pytest.raises(Refusal, match="holds a run already"):
+        fit(of_two_ranks, f"resume={tmp_path}/other.ckpt")
+
+
+@pytest.mark.parametrize("resume_from", ["null", "auto", "other.ckpt"])
+def test_a_restart_continues_the_run_of_its_directory(resume_from, of_two_ranks, monkeypatch):
+    monkeypatch.setattr(distenv, "life", lambda: distenv.Life("2", is_restart=True))
+    config = run.compose([*SMALL, f"run_dir={of_two_ranks}", f"resume={resume_from}"])
+    assert resume.find(config) == of_two_ranks / "checkpoints" / "last.ckpt"
+
+
+def test_a_finished_run_of_averaged_weights_does_not_train_on_from_their_average(tmp_path):
+    fit(tmp_path, "callbacks=ema", "trainer.max_epochs=1")
+    with pytest.raises(Refusal, match="finished run whose weights have become their average: it cannot train for 2"):
+        fit(tmp_path, "callbacks=ema", "trainer.max_epochs=2", "resume=auto")
+
+
+def test_another_logger_may_join_a_resumed_run(of_two_ranks, tmp_path):
+    fit(tmp_path, "logger=default", "trainer.max_epochs=3", f"resume={of_two_ranks}/checkpoints/last.ckpt")
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+class Signalling(Callback):
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_testing_ends_with_its_exit_code(tmp_path):
+    trainer, model, data = run.build(run.compose([*SMALL, f"run_dir={tmp_path}", "data.eval_batch_size=100"]))
+    trainer.callbacks += [StopsTests(), Signalling()]
+    with pytest.raises(Stopped) as caught:
+        trainer.test(model, datamodule=data, verbose=False)
+    assert caught.value.code == 128 + signal.SIGTERM
 
 
 def test_a_finished_run_is_only_tested_again(tmp_path):

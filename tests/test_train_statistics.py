@@ -11,7 +11,7 @@ from ranks import run_ranks
 from test_train_on_ranks import as_torchrun, build
 from torch import nn
 
-from train import distenv, run
+from train import run
 from train.distenv import Refusal
 
 SHORT = (
@@ -103,7 +103,7 @@ def test_averaged_weights_are_validated_with_statistics_of_their_own():
     trainer.callbacks += [watch, weights]
     trainer.fit(model, datamodule=data)
     first, second, third = weights.steps
-    average = 0.25 * first + 0.25 * second + 0.5 * third
+    average = 3 / 12 * (2 / 11 * first + 9 / 11 * second) + 9 / 12 * third  # below the decay of 0.5 at the start
     torch.testing.assert_close(watch.state["head.weight"], average, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model.network.head.weight.detach(), average, rtol=1e-12, atol=1e-12)
     images = torch.cat(list(data.recalibration_batches(3))).double()
@@ -158,7 +158,7 @@ def test_the_batch_that_is_normalized_over_is_announced_with_a_warning_where_it_
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     norm = instantiate(run.compose(overrides).norm)
-    norm.check()
+    norm.check("cpu")
     assert norm.batch_line(per_rank).startswith(line)
     assert ("warning" in norm.batch_line(per_rank)) == ("warning" in line)
 
@@ -173,9 +173,8 @@ def test_the_batch_that_is_normalized_over_is_announced_with_a_warning_where_it_
 )
 def test_a_group_that_cannot_be_is_refused(overrides, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(distenv, "accelerator", lambda: "cpu")
     with pytest.raises(Refusal, match=message):
-        instantiate(run.compose(overrides).norm).check()
+        instantiate(run.compose(overrides).norm).check("cpu")
 
 
 def grouped_means():
@@ -204,3 +203,4 @@ def test_histograms_of_every_normalization_reach_tensorboard(tmp_path):
     layers = [name for name, layer in model.network.named_modules() if isinstance(layer, nn.BatchNorm2d)]
     expected = {f"{name}/{what}" for name in layers for what in ("output", "running_mean", "running_var")}
     assert set(events.Tags()["histograms"]) == expected
+    assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -68,7 +68,8 @@ class Throughput(Callback):
     ) -> None:
         """Count the global batch, on the host alone."""
         self._steps += 1
-        if self._steps <= self.warmup_steps:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self._steps <= self.warmup_steps or any(getattr(callback, "is_profiling", False) for callback in callbacks):
             self._restart(trainer)
             return
         loader: Any = trainer.train_dataloader
@@ -166,13 +167,11 @@ class History(Callback):
         """Continue the history of a checkpoint."""
         self.epochs, self.rates = state_dict["epochs"], state_dict["rates"]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the learning rate about ten times an epoch."""
         steps = max(1, int(trainer.num_training_batches))
         if batch_idx % max(1, steps // 10) == 0:
-            done = trainer.current_epoch + (batch_idx + 1) / steps
+            done = trainer.current_epoch + batch_idx / steps
             self.rates.append((done, trainer.optimizers[0].param_groups[0]["lr"]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,5 +1,6 @@
 """The Lightning module: cross-entropy whose gradient and figures are those of the global batch, however it is split."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +114,7 @@ class ImageClassifier(LightningModule):
         rng.seed_all(rng.mix(data.seed, distenv.rank()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return this rank's share of the loss, scaled so that DDP's mean over ranks is the mean over images."""
+        """Return this rank's share of the loss, so scaled that a step has the gradient of the mean over its images."""
         images, labels = batch
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         images = data.transform_batch(images, self.current_epoch, batch_idx)
@@ -129,11 +130,19 @@ class ImageClassifier(LightningModule):
             dist.all_reduce(world)
         self.step_sums = world
         self.train_tally.update(*world[:4])
-        total = world[3]
         for name, figure in (("loss", world[0]), ("accuracy", world[1])):
-            self.log(f"train_{name}_step", figure / total, on_step=True, prog_bar=True, batch_size=1)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, batch_size=1)
-        return loss_sum * (self.trainer.world_size / total).to(loss_sum.dtype)
+            self.log(f"train_{name}_step", figure / world[3], on_step=True, prog_bar=True, batch_size=1)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("lr", torch.full((), rate, device=self.device), on_step=True, batch_size=1)  # a number is waited for
+        return loss_sum * (self.trainer.world_size / self._images_of_share(batch_idx))
+
+    def _images_of_share(self, batch_idx: int) -> float:
+        """Return the images of all batches whose gradients one step adds up, by the number Lightning divides by."""
+        every = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % every
+        sampler: Any = self.trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
+        batches = range(first, min(first + every, int(self.trainer.num_training_batches)))
+        return sum(map(sampler.global_size, batches)) / every
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the exact means over the epoch after its last batch, in time for the callbacks at the epoch's end."""
@@ -166,9 +175,8 @@ class ImageClassifier(LightningModule):
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.make_scheduler(
-            optimizer, total_steps=total_steps, steps_per_epoch=total_steps / (self.trainer.max_epochs or 1)
-        )
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        scheduler = self.make_scheduler(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

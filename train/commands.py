@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, resume, run
+from train import distenv, resume, run, settings
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
@@ -41,9 +41,10 @@ def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         key, _, _ = override.partition("=")
         if key not in resume.flat(checkpoint["config"]):
-            raise Refusal(f"the configuration in {path} has no value {key}: it takes values such as data.root=DIR")
+            raise Refusal(f"the configuration in {path} has no value {key}: names are those of its config.yaml")
         config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
     config.compile = False
+    settings.check(config)
     model, data = run.build_model(config)
     resume.check_weights(path, checkpoint, model.network)
     model.load_state_dict(checkpoint["state_dict"])
@@ -70,8 +71,9 @@ def options(arguments: Sequence[str], defaults: dict[str, str | None]) -> tuple[
     Raises:
         Refusal: an option without a default is missing.
     """
-    given = dict(argument.split("=", 1) for argument in arguments if argument.split("=", 1)[0] in defaults)
-    rest = [argument for argument in arguments if argument.split("=", 1)[0] not in defaults]
+    pairs = [argument.partition("=") for argument in arguments]
+    given = {name: value for name, equals, value in pairs if name in defaults and equals}
+    rest = ["".join(pair) for pair in pairs if pair[0] not in defaults or not pair[1]]
     for name, default in defaults.items():
         if default is None and name not in given:
             raise Refusal(f"{name}=... is needed: name it, as in {name}=outputs/RUN/checkpoints/last.ckpt")

@@ -73,11 +73,6 @@ class ImageData(LightningDataModule):
         self.source = source
         self.num_classes = num_classes
         self.global_batch_size = batch_size_per_rank * world_size if batch_size_per_rank else global_batch_size
-        if self.global_batch_size < world_size:
-            raise Refusal(
-                f"every rank must get an image: the global batch has {self.global_batch_size} and there are "
-                f"{world_size} ranks, set data.batch_size_per_rank=1 or more"
-            )
         self.eval_batch_size = eval_batch_size
         self.train_transforms = train_transforms
         self.batch_transforms = batch_transforms
@@ -92,6 +87,14 @@ class ImageData(LightningDataModule):
         self.shuffle = shuffle
         self.classes: list[str] | None = None
         self.resume_at = (0, 0)  # epoch and batch that training begins with
+
+    def check_batch_size(self) -> None:
+        """Raise Refusal, on every rank, where these ranks cannot train with it; they can still evaluate."""
+        if self.global_batch_size < distenv.world_size():
+            raise Refusal(
+                f"every rank must get an image: the global batch has {self.global_batch_size} and there are "
+                f"{distenv.world_size()} ranks, set data.batch_size_per_rank=1 or more"
+            )
 
     def prepare_data(self) -> None:
         """Download once for each node, if asked to."""
@@ -170,7 +173,7 @@ class ImageData(LightningDataModule):
             collate_fn=self.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=distenv.accelerator() == "gpu",
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # otherwise every epoch takes a number from the one that dropout uses
         )

@@ -124,6 +124,11 @@ def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Split
                 f"data.num_classes is {num_classes} and {part.root} has {len(part.classes)} class folders: "
                 f"set data.num_classes={len(part.classes)}"
             )
+    for one, other in (parts, parts[::-1]):
+        for name in sorted(set(one.classes) - set(other.classes)):
+            raise Refusal(
+                f"{other.root} has no class folder {name}, and {one.root} has: give both the same class folders"
+            )
     return Splits(parts[0], parts[1], parts[0].targets, parts[0].classes)
 
 

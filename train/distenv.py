@@ -3,8 +3,10 @@
 import os
 import sys
 import time
+import uuid
 from datetime import datetime, timedelta
-from typing import Any, NoReturn
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
 
 from omegaconf import OmegaConf
 
@@ -64,13 +66,74 @@ def run_stamp() -> str:
 
 
 def agreed(key: str, value: str) -> str:
-    """Return rank 0's value on every rank, before there is a process group; each its own without torchrun's store."""
+    """Return rank 0's value on every rank, before there is a process group; each its own without torchrun's store.
+
+    Every life of the ranks has values of its own.
+    """
     if world_size() == 1 or not has_agent_store():
         return value
-    store = agent_store()
+    store, key = agent_store(), f"train/{life().name}/{key}"
     if rank() == 0:
-        store.set(f"train/{key}", value)
-    return store.get(f"train/{key}").decode()
+        store.set(key, value)
+    return store.get(key).decode()
+
+
+class Life(NamedTuple):
+    """The time between two restarts of all ranks by torchrun."""
+
+    name: str  # the same on every rank, another one in every life
+    is_restart: bool
+
+
+@cache
+def life() -> Life:
+    """Return the life that this process belongs to; every rank calls it.
+
+    `TORCHELASTIC_RESTART_COUNT` does not tell: a node whose own ranks did not fail does not count.
+    """
+    if world_size() == 1 or not has_agent_store():
+        count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return Life(count, count != "0")
+    return meet(agent_store(), rank(), world_size())
+
+
+def meet(store: Any, rank: int, world_size: int) -> Life:
+    """Return rank 0's new life on every rank, through a store with what the ranks of earlier lives have left there.
+
+    Rank 0 answers every greeting, by its unique name, until all ranks have confirmed its answer: a greeting of an
+    earlier life is answered in vain.
+
+    Raises:
+        Refusal: not all ranks came within a minute; on those that did.
+    """
+    own = uuid.uuid4().hex
+    deadline = time.monotonic() + STORE_TIMEOUT.total_seconds()
+    if rank > 0:
+        store.set(f"train/greeting/{rank}", own)
+        _wait(store, f"train/answer/{own}", deadline)
+        name, is_restart = store.get(f"train/answer/{own}").decode().split()
+        store.set(f"train/confirmed/{name}/{rank}", "")
+        return Life(name, is_restart == "True")
+    is_restart = store.check(["train/has_lived"])
+    store.set("train/has_lived", "")
+    for peer in range(1, world_size):
+        while not store.check([f"train/confirmed/{own}/{peer}"]):
+            if store.check([f"train/greeting/{peer}"]):
+                greeting = store.get(f"train/greeting/{peer}").decode()
+                store.set(f"train/answer/{greeting}", f"{own} {is_restart}")
+            _pause(deadline)
+    return Life(own, is_restart)
+
+
+def _wait(store: Any, key: str, deadline: float) -> None:
+    while not store.check([key]):
+        _pause(deadline)
+
+
+def _pause(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise Refusal("the ranks did not meet within a minute: see what ended the others, and start them together")
+    time.sleep(0.02)
 
 
 def has_agent_store() -> bool:

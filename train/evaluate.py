@@ -16,6 +16,7 @@ from rich.table import Table
 
 from train import commands, pictures
 from train.evaluation import Findings
+from train.stop import StopsTests
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -24,7 +25,7 @@ def evaluate(arguments: list[str]) -> None:
     path = Path(own["checkpoint"])
     config, model, data, classes = commands.from_checkpoint(path, overrides)
     findings = Findings(data.num_classes)
-    trainer = commands.trainer_for(config, [findings])
+    trainer = commands.trainer_for(config, [findings, StopsTests()])
     trainer.test(model, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return

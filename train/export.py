@@ -35,7 +35,11 @@ class _Activated(nn.Sequential):
 
 def export(arguments: list[str]) -> None:
     """Write the network and its preprocessing, and compare what was written with the network."""
-    own, _ = commands.options(arguments, {"checkpoint": None, "format": "torch", "output": "", "fold": "false"})
+    own, unknown = commands.options(arguments, {"checkpoint": None, "format": "torch", "output": "", "fold": "false"})
+    if unknown:
+        raise Refusal(f"export takes checkpoint, format, output and fold, got {unknown[0]}")
+    if own["fold"] not in ("true", "false"):
+        raise Refusal(f"fold must be true or false, got {own['fold']}")
     kind, checkpoint = own["format"], Path(own["checkpoint"])
     if kind not in SUFFIX:
         raise Refusal(f"format must be one of {', '.join(SUFFIX)}, got {kind}")
@@ -43,7 +47,9 @@ def export(arguments: list[str]) -> None:
     output = Path(own["output"] or checkpoint.with_suffix(SUFFIX[kind]))
     if kind == "exported_program" and output.suffix != ".pt2":
         raise Refusal(f"an exported program is read from a file that ends in .pt2, got output={output}")
-    network = plain(model.network.float(), fold=own["fold"].lower() == "true")
+    if output.is_dir():
+        raise Refusal(f"output must be a file, and {output} is a directory")
+    network = plain(model.network.float(), fold=own["fold"] == "true")
     images = torch.randn(2, *data.collate.image_shape)
     output.parent.mkdir(parents=True, exist_ok=True)
     run_again = WRITERS[kind](network, images, output)
@@ -62,7 +68,7 @@ def export(arguments: list[str]) -> None:
         "format": kind,
         "checkpoint": str(checkpoint),
     }
-    beside = output.with_suffix(".json")
+    beside = output.with_name(f"{output.name}.json")
     beside.write_text(json.dumps(preprocessing, indent=2) + "\n")
     print(f"{output} (differs by {error:.1e}), preprocessing: {beside}")
 

@@ -14,10 +14,17 @@ class WritableRunDirectory(Callback):
     """Ends the process with a sentence where the run could not write its files."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the directory and a file in it, on rank 0."""
+        """Make the directory and a file in it, on rank 0, unless it holds a run that is not to be continued."""
         if distenv.rank() != 0:
             return
         directory = Path(config.run_dir)
+        if directory.is_dir():
+            from train import resume
+
+            try:
+                resume.find(config)  # before Hydra notes the configuration there
+            except distenv.Refusal as refusal:
+                distenv.leave(str(refusal))
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):

@@ -34,8 +34,8 @@ class Norm(NamedTuple):
         known = {"world": distenv.world_size(), "node": distenv.local_world_size(), None: 0}
         return known[self.ranks] if self.ranks in known else int(self.ranks)  # type: ignore[arg-type]
 
-    def check(self) -> None:
-        """Raise Refusal, on every rank, where these ranks cannot train with it."""
+    def check(self, accelerator: str) -> None:
+        """Raise Refusal, on every rank, where these ranks cannot train with it on an accelerator ("gpu" or "cpu")."""
         world_size = distenv.world_size()
         if self.ranks not in ("world", "node", None) and (not isinstance(self.ranks, int) or world_size % self.ranks):
             sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
@@ -43,7 +43,7 @@ class Norm(NamedTuple):
                 f"norm.group must be world, node or a number that divides the {world_size} ranks, got {self.ranks}: "
                 f"use {sizes}"
             )
-        if isinstance(self.sync, TorchSyncBatchNormPlugin) and distenv.accelerator() != "gpu":
+        if isinstance(self.sync, TorchSyncBatchNormPlugin) and accelerator == "cpu":
             raise Refusal(
                 "norm=torch_sync needs a GPU for every rank, as torch.nn.SyncBatchNorm has no CPU code: use norm=sync"
             )

@@ -100,7 +100,7 @@ def one_cycle(
 ) -> OneCycleLR:
     """Return a rise to the optimizer's rate and a fall far below it, momentum the other way (Smith & Topin 2018)."""
     peaks = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(
+    return OneCycle(
         optimizer,
         peaks,
         total_steps=total_steps + 1,  # it is stepped once more after the last step
@@ -108,6 +108,16 @@ def one_cycle(
         div_factor=1 / start_factor,
         final_div_factor=start_factor / final_factor,
     )
+
+
+class OneCycle(OneCycleLR):
+    """torch's, whose length is that of this run also when it continues the checkpoint of a shorter one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {name: value for name, value in super().state_dict().items() if name not in self.of_this_run}
+
+    of_this_run = ("total_steps", "_schedule_phases")
 
 
 def constant(optimizer: Optimizer, *, total_steps: int, steps_per_epoch: float) -> LambdaLR:

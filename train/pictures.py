@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from train.evaluation import Mistake
@@ -31,6 +31,8 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[flo
             _draw_column(axes, epochs, f"{part}_{what}", label=label, color=colour)
         axes.legend(frameon=False)
     loss.set(title="Cross-entropy", ylabel="mean over images", yscale="log")
+    for axis_ticks in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        axis_ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     accuracy.set(title="Accuracy", ylabel="images classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     rate.plot([epoch for epoch, _ in rates], [value for _, value in rates], color=RATE, linewidth=1.8)
@@ -40,6 +42,9 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[flo
     speed.set_ylim(bottom=0)
     for axes in (loss, accuracy, rate, speed):
         axes.set_xlabel("epoch")
+        axes.set_xlim(0, max(row["epoch"] for row in epochs) + 0.2)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -56,7 +61,11 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's images")
     axes.set(title="Confusion", xlabel="predicted", ylabel="label")
     if len(names) <= FEW_CLASSES:
-        axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0, ha="center")
+        axes.set_xticks(range(len(names)), names)
+        if max(map(len, names)) > 2:
+            axes.tick_params(axis="x", rotation=45)
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         for row, column in zip(*counts.nonzero(), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"

@@ -86,12 +86,11 @@ class Restartable(DDPStrategy):
 
     def setup_distributed(self) -> None:
         """Make the process group, unless there is one."""
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if life != "0" and distenv.has_agent_store() and not dist.is_initialized():
+        if distenv.has_agent_store() and not dist.is_initialized():
             device = self.root_device
             dist.init_process_group(
                 self._get_process_group_backend(),
-                store=dist.PrefixStore(f"life_{life}", distenv.agent_store()),
+                store=dist.PrefixStore(distenv.life().name, distenv.agent_store()),
                 rank=distenv.rank(),
                 world_size=distenv.world_size(),
                 timeout=self._timeout,

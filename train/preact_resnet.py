@@ -263,7 +263,7 @@ def preact_resnet(
     return PreActResNet(
         form.block,
         form.units,
-        width or form.width,
+        form.width if width is None else width,
         norm_layer,
         num_classes=num_classes,
         in_channels=in_channels,

@@ -5,6 +5,7 @@ python -m train.predict checkpoint=outputs/RUN/checkpoints/best.ckpt images/*.pn
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -22,6 +23,7 @@ def predict(arguments: list[str]) -> None:
     if not files:
         raise Refusal("name the image files to predict, as in images/*.png")
     _, model, data, classes = commands.from_checkpoint(Path(own["checkpoint"]))
+    model.float()
     for file in files:
         with torch.inference_mode():
             probabilities = model(prepare(read(Path(file), data), data)).softmax(dim=1)[0]
@@ -36,7 +38,10 @@ def read(path: Path, data: ImageData) -> Image.Image:
         Refusal: there is no such file, or it is no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if file.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+                image = Image.fromarray((np.asarray(file, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
             return image.convert("RGB" if data.collate.image_shape[0] == 3 else "L")
     except FileNotFoundError:
         raise Refusal(f"there is no image {path}") from None

@@ -17,6 +17,7 @@ PICTURES = {
     "confusion.png": "labels and predictions of the test images",
     "mistakes.png": "the test images misclassified with the most confidence",
 }
+KEPT = {"csv/metrics.csv": "Every logged row", "checkpoints": "Weights"}
 
 
 def environment(trainer: Trainer) -> dict[str, str]:
@@ -29,9 +30,14 @@ def environment(trainer: Trainer) -> dict[str, str]:
         "Python": platform.python_version(),
         "commit": commit(),
         "device": name,
-        "world": f"{trainer.world_size} ranks on {trainer.num_nodes} nodes",
+        "world": f"{count(trainer.world_size, 'rank')} on {count(trainer.num_nodes, 'node')}",
         "precision": str(trainer.precision),
     }
+
+
+def count(number: int, what: str) -> str:
+    """Return "1 rank" or "2 ranks"."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def commit() -> str:
@@ -56,7 +62,8 @@ def write_report(
         environment: names and values of what it was measured with.
         config: the configuration in YAML.
     """
-    (directory / "result.json").write_text(json.dumps({**figures, "environment": environment}, indent=2) + "\n")
+    known = {name: None if value != value else value for name, value in figures.items()}  # JSON has no NaN
+    (directory / "result.json").write_text(json.dumps({**known, "environment": environment}, indent=2) + "\n")
     shown = [f"![{text}]({name})\n" for name, text in PICTURES.items() if (directory / name).exists()]
     path = directory / "report.md"
     path.write_text(
@@ -68,7 +75,7 @@ def write_report(
                 "Measured with:\n",
                 _markdown_table(environment),
                 f"Configuration:\n\n```yaml\n{config}```\n",
-                "Every logged row: `csv/metrics.csv`; weights: `checkpoints/`.\n",
+                *(f"{text}: `{name}`\n" for name, text in KEPT.items() if (directory / name).exists()),
             ]
         )
     )
@@ -95,6 +102,8 @@ def result_line(figures: Mapping[str, object]) -> str:
 
 
 def _text(value: object) -> str:
+    if value != value:
+        return "not measured"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
     return str(value)

@@ -1,6 +1,5 @@
 """Which checkpoint a run continues from, and the refusal of one that it could not continue exactly."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,15 @@ from train.norms import Norm
 # What decides the course of a run; all else may change when it is resumed.
 COURSE = (
     *("seed", "model", "norm", "optimizer", "scheduler", "mixing", "label_smoothing"),
+    *("callbacks.ema", "callbacks.recalibrate"),
     *(
         f"data.{name}"
         for name in ("source", "train_transforms", "batch_transforms", "val_fraction", "num_train", "shuffle", "seed")
     ),
     *(f"data.{name}" for name in ("global_batch_size", "batch_size_per_rank")),
-    *(f"trainer.{name}" for name in ("precision", "accumulate_grad_batches", "gradient_clip_val")),
+    *(f"data.{name}" for name in ("num_classes", "in_channels", "image_size", "mean", "std")),
+    *(f"trainer.{name}" for name in ("precision", "accumulate_grad_batches", "limit_train_batches", "overfit_batches")),
+    *(f"trainer.{name}" for name in ("gradient_clip_val", "gradient_clip_algorithm")),
 )
 
 
@@ -34,18 +36,16 @@ def find(config: DictConfig) -> Path | None:
         Refusal: there is a run in the directory that nobody asked to continue, or no file where one was named.
     """
     own = Path(config.run_dir) / "checkpoints" / "last.ckpt"
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if config.resume in (None, "auto"):
-        exists = distenv.agreed(f"resume/{restarts}", str(own.exists())) == "True"
-        if not exists:
-            return None
-        if config.resume is None and not restarts:
-            raise Refusal(
-                f"{config.run_dir} holds a run already: continue it with resume=auto, or choose another run_name"
-            )
-        path = own
-    else:
-        path = Path(config.resume)
+    named = None if config.resume in (None, "auto") else Path(config.resume)
+    exists = distenv.agreed("resume", str(own.exists())) == "True"
+    is_asked_for = config.resume == "auto" or (named is not None and named.resolve() == own.resolve())
+    if exists and not is_asked_for and not distenv.life().is_restart:
+        raise Refusal(f"{config.run_dir} holds a run already: continue it with resume=auto, or choose another run_name")
+    if not exists and config.resume is None and (own.parents[1] / "result.json").exists():
+        raise Refusal(f"{config.run_dir} holds a run without a checkpoint to continue: choose another run_name")
+    path = own if exists else named
+    if path is None:
+        return None
     if not path.is_file():
         raise Refusal(f"rank {distenv.rank()} finds no checkpoint {path}: name one that every node can read")
     return path
@@ -85,6 +85,17 @@ def check(
                 f"{path} cannot be continued exactly: {key} was {before.get(key)} and is {now.get(key)}; "
                 "give what it was, or begin a new run"
             )
+    epochs_before, epochs = before["trainer.max_epochs"], now["trainer.max_epochs"]
+    if 0 <= epochs < epochs_before:
+        raise Refusal(
+            f"{path} is of a run of {epochs_before} epochs, and trainer.max_epochs may grow but not shrink, got "
+            f"{epochs}: its learning rates would have been others"
+        )
+    if snapshot["batch_idx"] is None and config.callbacks.get("ema") and epochs != epochs_before:
+        raise Refusal(
+            f"{path} is of a finished run whose weights have become their average: it cannot train for {epochs} "
+            "epochs, begin a new run"
+        )
     check_weights(path, checkpoint, network)
     _check_world_size(path, snapshot, config, norm, network, global_batch)
 
@@ -111,6 +122,11 @@ def _check_world_size(
 ) -> None:
     before, now = snapshot["world_size"], distenv.world_size()
     if before == now:
+        if norm.ranks == "node" and snapshot["local_world_size"] != distenv.local_world_size():
+            raise Refusal(
+                f"{path} is of {snapshot['local_world_size']} ranks per node and there are "
+                f"{distenv.local_world_size()}: norm.group=node needs as many as before"
+            )
         return
     reason = None
     if snapshot["global_batch_size"] != global_batch:

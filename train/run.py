@@ -1,5 +1,6 @@
 """One run from a configuration: seed, build, fit, test, report."""
 
+import errno
 import logging
 import os
 import shlex
@@ -8,17 +9,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, pictures, report, resume
+from train import distenv, pictures, report, resume, settings
 from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
 from train.data import ImageData
@@ -26,7 +28,11 @@ from train.distenv import Refusal
 from train.evaluation import Findings
 from train.norms import Norm
 from train.plugins import AtomicFiles
+from train.stop import StopsTests
 from train.timing import TimeShares
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +51,8 @@ def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
     if str(config.trainer.precision).startswith("64"):
         network.double()  # Lightning does so after it has loaded a checkpoint, whose digits would be lost
     if config.compile:
+        torch.compiler.reset()  # code of an earlier job of this process counts for the limit too
+        torch._dynamo.config.recompile_limit = 64  # training, evaluation, and batches of one image or none
         network.compile(fullgraph=True)
     images_per_update = data.global_batch_size * config.trainer.accumulate_grad_batches
     model = ImageClassifier(
@@ -61,11 +69,18 @@ def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
 
 def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
     """Return what a configuration describes, untrained; every rank calls it."""
+    settings.check(config)
+    settings.check_devices(config)
     model, data = build_model(config)
+    data.check_batch_size()
     sync = instantiate(config.norm).sync
+    callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
+    callbacks.sort(key=lambda callback: isinstance(callback, Throughput))  # last: what others do is not its wait
+    keeps_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer: Trainer = instantiate(
         config.trainer,
-        callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
+        enable_checkpointing=config.trainer.get("enable_checkpointing", keeps_checkpoints),
+        callbacks=callbacks,
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
         plugins=[AtomicFiles(), *([sync] if sync else [])],
     )
@@ -86,13 +101,14 @@ def fit(config: DictConfig) -> dict[str, float]:
     directory = Path(config.run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
     norm: Norm = instantiate(config.norm)
-    norm.check()
+    norm.check(config.trainer.accelerator)
     path = resume.find(config)
     trainer, model, data = build(config)
     if path is not None:
         checkpoint = resume.load(path)
         resume.check(path, checkpoint, config, norm, model.network, data.global_batch_size)
-        for logger, state in zip(trainer.loggers, checkpoint["snapshot"]["loggers"], strict=False):
+        for logger in trainer.loggers:
+            state = checkpoint["snapshot"]["loggers"].get(type(logger).__name__)
             if state is not None and hasattr(logger, "resume"):
                 logger.resume(state)
     if trainer.is_global_zero:
@@ -110,7 +126,7 @@ def fit(config: DictConfig) -> dict[str, float]:
     if config.test_checkpoint != "last":
         model.load_state_dict(resume.load(_best_checkpoint(trainer))["state_dict"])
     findings = Findings(data.num_classes)
-    trainer.callbacks.append(findings)  # type: ignore[attr-defined]
+    trainer.callbacks += [findings, StopsTests()]  # type: ignore[attr-defined]
     trainer.test(model, datamodule=data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
@@ -140,7 +156,16 @@ def refusal_in(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, Refusal):
             return str(cause).split("Refusal: ")[-1].strip()  # a process that loads images adds its traceback
-        cause = cause.__cause__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = f"{error.filename} " if error.filename else "a file of the run "
+        return f"{where}cannot be written ({error.strerror}): make space or name another directory with run_dir=DIR"
+    if "more than 1 value per channel" in str(error):
+        return (
+            f"{' '.join(str(error).split())}: choose a batch size whose last batch leaves every rank two, or norm=sync"
+        )
+    if distenv.world_size() > 1 and any(sign in str(error) for sign in PEER_IS_GONE):
+        return "another rank has ended, and this one cannot go on without it: its error says why"
     if isinstance(error, InstantiationException | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from train import rng
+from train import distenv, rng
 from train.distenv import Refusal
 from train.stop import Stopped, StopSignals
 
@@ -116,10 +116,11 @@ class Snapshots(Checkpoint):
             "batch_idx": batch_idx,
             "batches_that_stepped": loop._batches_that_stepped,
             "world_size": trainer.world_size,
+            "local_world_size": distenv.local_world_size(),
             "global_batch_size": data.global_batch_size,
             "rng": _gather(rng.get_state(), trainer),
             "buffers": _differing_buffers(trainer, pl_module),
-            "loggers": [_state_of(logger) for logger in trainer.loggers],
+            "loggers": {type(logger).__name__: _state_of(logger) for logger in trainer.loggers},
         }
         trainer.save_checkpoint(self.path)
         self._saving = None
@@ -130,7 +131,7 @@ class Snapshots(Checkpoint):
         if trainer.is_global_zero:
             print(
                 f"stopped by {signum.name}: {self.path} continues after step {self._saved_step}, with resume=auto "
-                f"run_name={self.path.parents[1].name}",
+                f"run_dir='{self.path.parents[1]}'",
                 flush=True,
             )
         raise Stopped(signum)

@@ -74,15 +74,36 @@ class AveragedWeights(EMAWeightAveraging):
     every validation, and at the end.
 
     Args:
-        decay: weight of the average so far.
+        decay: weight of the average so far; after n updates at most (1 + n) / (10 + n), or the first weights would
+            stay in the average of a short run.
         recalibrate_batches: global batches to measure over; 0 keeps the statistics of the weights in training.
         every_n_steps: optimizer steps between two updates.
     """
 
     def __init__(self, decay: float = 0.999, recalibrate_batches: int = 50, every_n_steps: int = 1) -> None:
         super().__init__(use_buffers=False, decay=decay, update_every_n_steps=every_n_steps)
+        self.decay = decay
         self.recalibrate_batches = recalibrate_batches
         self._measured_at = -1
+        self._updates: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average, whose updates wait for no device: torch's look at a counter there."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.update_parameters = self._update  # type: ignore[method-assign]
+
+    def _update(self, model: nn.Module) -> None:
+        assert self._average_model is not None
+        ours, theirs = ([p.detach() for p in m.parameters()] for m in (self._average_model.module, model))
+        if self._updates is None:  # a resumed run has had some
+            self._updates = int(self._average_model.n_averaged)
+        if self._updates:
+            torch._foreach_lerp_(ours, theirs, 1 - min(self.decay, (1 + self._updates) / (10 + self._updates)))
+        else:
+            torch._foreach_copy_(ours, theirs)
+        self._updates += 1
+        self._average_model.n_averaged += 1
 
     @property
     def average(self) -> nn.Module:
@@ -152,7 +173,10 @@ class Histograms(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen to the normalizations for one batch."""
-        if batch_idx or trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero:
+        if batch_idx or trainer.current_epoch % self.every_n_epochs:
+            return
+        torch.compiler.set_stance("force_eager")  # compiled code does not call new hooks; on all ranks alike
+        if not trainer.is_global_zero:
             return
         network: nn.Module = pl_module.network  # type: ignore[assignment]
         for name, layer in network.named_modules():
@@ -167,6 +191,8 @@ class Histograms(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write what was heard."""
+        if not batch_idx and not trainer.current_epoch % self.every_n_epochs:
+            torch.compiler.set_stance("default")
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -179,6 +205,7 @@ class Histograms(Callback):
                     )
                     for what in ("output", "running_mean", "running_var"):
                         values = figures[what]
+                        values = None if values is None else values[values.isfinite()]
                         if values is not None and values.numel():
                             logger.experiment.add_histogram(f"{name}/{what}", values.float(), trainer.current_epoch)
         self._outputs = {}

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+
 DEADLINE_S = 8  # then the process ends as it is: a peer may be gone, and a collective would wait for it
 
 
@@ -69,3 +71,27 @@ class StopSignals:
             while byte := pipe.read(1):
                 if byte[0] in self.watched and not self._over.wait(DEADLINE_S):
                     os._exit(128 + byte[0])
+
+
+class StopsTests(Callback):
+    """Ends a test on SIGTERM or SIGINT after the batch, with the signal's exit code; Lightning's would be 0."""
+
+    def __init__(self) -> None:
+        self._signals = StopSignals()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning."""
+        self._signals.install()
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Leave."""
+        if self._signals.received is not None:
+            raise Stopped(self._signals.received)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._signals.remove()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._signals.remove()

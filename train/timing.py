@@ -12,7 +12,8 @@ class TimeShares(Callback):
     """Profiles a few steps on rank 0, once, and reports the shares of their time.
 
     `collective_share` is the time in which a collective was under way, also where computing went on beside it, and
-    `compute_share` what is left after it and after `data_wait_share`. Outside of these steps it costs nothing.
+    `compute_share` what is left after it and after `data_wait_share`. `Throughput` leaves these steps out, and the
+    others cost nothing.
 
     Args:
         skip_steps: at the start of the process.
@@ -24,6 +25,7 @@ class TimeShares(Callback):
         self.num_steps = num_steps
         self.shares: dict[str, float] = {}
         self._steps = 0
+        self.is_profiling = False  # `Throughput` leaves these steps out
         self._profiler: Any = None
         self._start = self._batch_end = self._waited = 0.0
 
@@ -37,6 +39,7 @@ class TimeShares(Callback):
     ) -> None:
         """Start behind the steps to skip, and end after those to profile."""
         self._steps += 1
+        self.is_profiling = self.skip_steps <= self._steps <= self.skip_steps + self.num_steps
         if self._steps == self.skip_steps and trainer.is_global_zero:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else [])]
             config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
