@@ -61,7 +61,6 @@ def prepare(path):
         ([f"run_dir={path}/no_report"], r"a file of the run cannot be written \(No space left on device\): make space"),
         (["scheduler=steps", "scheduler.milestones=[30,60]"], r"scheduler.milestones must be a rising list of shares"),
         (["trainer.max_epochs=abc"], r"trainer.max_epochs must be a whole number, -1 for no limit, got abc"),
-        (["model=preact_resnet20", "model.width=0"], r"model.width must be a whole number of at least 1, or null"),
         (["test_checkpoint=frist"], r"test_checkpoint must be last or best, got frist"),
         (
             [f"run_dir={path}/file/run"],
