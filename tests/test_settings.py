@@ -30,11 +30,11 @@ def test_a_value_that_cannot_be_is_refused_by_name(override, must_be):
 def test_milestones_are_rising_shares_of_the_run():
     settings.check(run.compose(["scheduler=steps", "scheduler.milestones=[0.3,0.9]"]))
     for milestones in ("[30,60]", "[0.9,0.1]", "0.5"):
-        with pytest.raises(Refusal, match="scheduler.milestones must be a rising list of shares of the run"):
+        with pytest.raises(Refusal, match=r"scheduler.milestones must be a rising list of shares of the run"):
             settings.check(run.compose(["scheduler=steps", f"scheduler.milestones={milestones}"]))
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Refusal, match="trainer.accelerator is gpu and torch finds none here: use trainer=cpu"):
+    with pytest.raises(Refusal, match=r"trainer.accelerator is gpu and torch finds none here: use trainer=cpu"):
         settings.check_devices(run.compose(["trainer=gpu"]))
