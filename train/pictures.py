@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
 from train.evaluation import Mistake
@@ -31,8 +31,9 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[flo
             _draw_column(axes, epochs, f"{part}_{what}", label=label, color=colour)
         axes.legend(frameon=False)
     loss.set(title="Cross-entropy", ylabel="mean over images", yscale="log")
-    for axis_ticks in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        axis_ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    bottom, top = loss.get_ylim()
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("{x:g}" if top < 10 * bottom else NullFormatter())
     accuracy.set(title="Accuracy", ylabel="images classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     rate.plot([epoch for epoch, _ in rates], [value for _, value in rates], color=RATE, linewidth=1.8)
