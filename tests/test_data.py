@@ -123,6 +123,12 @@ def test_class_folders_that_differ_between_the_parts_are_named(tmp_path):
         data_module(*IMAGES, root, "data.num_classes=2")
 
 
+def test_parts_too_small_for_every_class_are_refused():
+    for override in ("data.num_train=5", "data.val_fraction=0.001"):
+        with pytest.raises(Refusal, match=rf"{override.split('=')[0]}=.* every class"):
+            data_module(override)
+
+
 def test_an_empty_class_folder_is_named(tmp_path):
     root = image_folder(tmp_path)
     (tmp_path / "train" / "cat").mkdir()

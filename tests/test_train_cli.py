@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from cli import TORCHRUN, start
+from cli import TORCHRUN, TRAIN, start
 
 SHORT = ["model.width=4", "debug=limit"]
 
@@ -48,6 +48,20 @@ def test_ranks_that_start_in_different_seconds_share_one_run(tmp_path):
     assert [log.count(f"epoch {n}/2  train_loss") for n in (1, 2)] == [1, 1]
     assert yaml.safe_load((directory / "config.yaml").read_text())["run_name"] == directory.name
     assert json.loads((directory / "result.json").read_text())["world_size"] == 2
+
+
+def test_a_refused_run_leaves_the_directory_of_another_as_it_is(tmp_path):
+    command = [*TRAIN, "model=mlp", "model.widths=[4]", "trainer.max_epochs=1", "logger=none", "run_name=run"]
+    assert start(command, tmp_path).returncode == 0
+    files = sorted(path for path in (tmp_path / "outputs" / "run").rglob("*") if path.is_file())
+    before = [path.read_bytes() for path in files]
+    refused = start([*command, "seed=5"], tmp_path)
+    assert refused.returncode == 1
+    assert "holds a run already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [path.read_bytes() for path in files] == before
+    (tmp_path / "outputs" / "run" / "checkpoints" / "last.ckpt").unlink()
+    assert "holds a run without a checkpoint" in start([*command, "seed=5"], tmp_path).stderr
 
 
 def test_multirun_under_torchrun_is_refused_with_the_command_to_use(tmp_path):

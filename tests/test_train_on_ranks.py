@@ -200,6 +200,26 @@ def test_accumulated_gradients_are_those_of_the_mean_over_all_images_of_the_step
         torch.testing.assert_close(rank, whole, rtol=1e-9, atol=1e-12)
 
 
+class Rates(Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_run_limited_by_steps_warms_up_over_the_same_ones():
+    courses = []
+    for limit in ("trainer.max_epochs=2", "trainer.max_epochs=-1"):
+        trainer, model, data = build(limit, "trainer.max_steps=30")
+        watch = Rates()
+        trainer.callbacks.append(watch)
+        trainer.fit(model, datamodule=data)
+        courses.append(watch.rates)
+    assert courses[0] == courses[1]
+    assert courses[0].index(max(courses[0])) == 20  # behind the one epoch of warm-up
+
+
 def test_every_logged_training_figure_is_the_mean_over_the_epochs_images():
     trainer, model, data = build(*DOUBLE, "trainer.max_steps=20", "optimizer.lr_per_256=0")
     record = StepLosses()

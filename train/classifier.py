@@ -174,6 +174,7 @@ class ImageClassifier(LightningModule):
         optimizer = self.make_optimizer(self.network)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
+        self.trainer.fit_loop.setup_data()  # which Lightning leaves to later where max_steps limits the run
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         scheduler = self.make_scheduler(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)

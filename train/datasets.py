@@ -152,7 +152,14 @@ def fake(
 def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Return the train set without a validation part, and that part: stratified by label, chosen by the seed alone."""
     size = len(splits.train)  # type: ignore[arg-type]
-    train, val = train_test_split(np.arange(size), test_size=fraction, stratify=splits.train_labels, random_state=seed)
+    try:
+        train, val = train_test_split(
+            np.arange(size), test_size=fraction, stratify=splits.train_labels, random_state=seed
+        )
+    except ValueError as error:
+        raise Refusal(
+            f"data.val_fraction={fraction} cannot part {size} images with every class in both: {error}"
+        ) from None
     return _select(splits.train, train), _select(splits.train, val)
 
 
@@ -168,7 +175,10 @@ def fewer(splits: Splits, num_train: int, seed: int) -> Splits:
     if num_train == size:
         return splits
     labels = splits.train_labels
-    index, _ = train_test_split(np.arange(size), train_size=num_train, stratify=labels, random_state=seed)
+    try:
+        index, _ = train_test_split(np.arange(size), train_size=num_train, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise Refusal(f"data.num_train={num_train} is too few or too many for images of every class: {error}") from None
     kept = None if labels is None else [labels[i] for i in index]
     return splits._replace(train=_select(splits.train, index), train_labels=kept)
 
