@@ -123,6 +123,9 @@ def test_the_variance_has_six_digits_where_the_batch_cannot_be_split_evenly(name
         count, _, M2 = ON_CPU[name].stats(x, None)
         expected = x.double().numpy().var(0)
         np.testing.assert_allclose(M2 / count, expected, rtol=1e-6)
+        x = x.T[:4, :1021].reshape(1, 2, 2 * 1021)[:, :, : 2 * 1021 - 3].contiguous()  # 2039 is prime, and contiguous
+        count, _, M2 = ON_CPU[name].stats(x, None)
+        np.testing.assert_allclose(M2 / count, x.double().numpy().var((0, 2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

@@ -88,16 +88,16 @@ def view_of(x: Tensor) -> View | None:
 
 
 @lru_cache
-def _view(shape: torch.Size, is_channels_last: bool) -> View:
+def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
     N, C, S = shape[0], shape[1], math.prod(shape[2:])
     if is_channels_last:
         rows = min(BLOCK_ROWS, N * S)
         blocks, rest = divmod(N * S, rows)
         return View((N * S, C), (blocks, rows, C), rest, True)
     repeats = next(d for d in divisors(S) if S // d <= MAX_RUN)
-    run = S // repeats
-    is_whole = repeats == 1 or run < 16
-    return View((N, C, S), (N, C, S) if is_whole else (N, C, repeats, run), 0, False)
+    if repeats == 1:
+        return View((N, C, S), (N, C, S), 0, False)
+    return View((N, C, S), (N, C, repeats, S // repeats), 0, False) if S // repeats >= 16 else None
 
 
 class Compiled(Composed):
