@@ -89,7 +89,7 @@ def draw_mistakes(
         axes.set_title(
             f"{names[mistake.label]}, taken for\n{names[mistake.predicted]} ({mistake.probability:.0%})", fontsize=9
         )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _draw_column(axes, rows: Sequence[Mapping[str, float]], name: str, **style: str) -> None:  # type: ignore[no-untyped-def]
