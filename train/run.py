@@ -161,7 +161,7 @@ def refusal_in(error: BaseException) -> str | None:
         where = f"{error.filename} " if error.filename else "a file of the run "
         return f"{where}cannot be written ({error.strerror}): make space or name another directory with run_dir=DIR"
     if "more than 1 value per channel" in str(error):
-        return f"{' '.join(str(error).split())}; where an epoch's last batch is too small, change data.global_batch_size"
+        return f"{' '.join(str(error).split())}; if an epoch's last batch is too small, change data.global_batch_size"
     if distenv.world_size() > 1 and any(sign in str(error) for sign in PEER_IS_GONE):
         return "another rank has ended, and this one cannot go on without it: its error says why"
     if isinstance(error, InstantiationException | OmegaConfBaseException):
