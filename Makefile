@@ -1,7 +1,9 @@
-# Every target makes its own .venv when it is missing. NPROC and ARGS reach the trainer:
+# Every target makes its own .venv when it is missing. NPROC and ARGS reach the trainer, WORKERS and ARGS pytest:
 #   make train NPROC=4 ARGS="norm=local trainer.max_epochs=5"
+#   make test WORKERS=4 ARGS=tests/test_module.py
 PYTHON ?= python3
 NPROC ?= 2
+WORKERS ?= 2
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
@@ -16,7 +18,7 @@ train: $(READY) ## train the default network with SyncBN on 2 ranks (digits, und
 	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m train $(ARGS)
 
 test: check ## lint, type-check and run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
 
 check: $(READY) ## lint, format check and type check
 	$(BIN)/ruff check .

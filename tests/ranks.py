@@ -18,7 +18,7 @@ GRACE_S = 3  # what the other ranks get to end by themselves once one has failed
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(  # what ranks import, once for all of them
-    ["numpy", "pytest", "torch", "torch.distributed", "torch._dynamo", "torch._inductor.config", "syncbn"]
+    ["numpy", "pytest", "torch._inductor.config", "syncbn", "train.run"]
 )
 
 

@@ -19,7 +19,7 @@ def test_ranks_that_start_in_different_seconds_share_one_run(tmp_path):
         "time.sleep(1.5 * int(os.environ['RANK']))\n"
         "runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
     )
-    done = start([*TORCHRUN, str(late), *SHORT], tmp_path)
+    done = start([*TORCHRUN, str(late), *SHORT], tmp_path, python=sys.executable)
     assert done.returncode == 0, done.stderr
     (directory,) = (tmp_path / "outputs").iterdir()
     lines = done.stdout.splitlines()
@@ -65,7 +65,7 @@ def test_a_refused_run_leaves_the_directory_of_another_as_it_is(tmp_path):
 
 
 def test_multirun_under_torchrun_is_refused_with_the_command_to_use(tmp_path):
-    done = start([sys.executable, "-m", "train", "-m", "norm=sync,local"], tmp_path, RANK="0", WORLD_SIZE="2")
+    done = start([*TRAIN, "-m", "norm=sync,local"], tmp_path, RANK="0", WORLD_SIZE="2")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "`python -m train -m norm=sync,local`" in done.stderr
@@ -74,7 +74,7 @@ def test_multirun_under_torchrun_is_refused_with_the_command_to_use(tmp_path):
 
 
 def test_an_unknown_norm_names_the_choices_once_for_all_ranks(tmp_path):
-    done = start([*TORCHRUN, "-m", "train", "norm=nonsense"], tmp_path)
+    done = start([*TORCHRUN, *TRAIN, "norm=nonsense"], tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("Could not find 'norm/nonsense'") == 1
     assert re.search(r"Available options in 'norm':\s+group\s+layer\s+local\s+none\s+sync", done.stderr)
@@ -89,7 +89,7 @@ def test_an_unknown_norm_names_the_choices_once_for_all_ranks(tmp_path):
     ],
 )
 def test_what_a_user_gets_wrong_is_one_short_message_and_no_traceback(override, expected, tmp_path):
-    done = start([sys.executable, "-m", "train", override], tmp_path)
+    done = start([*TRAIN, override], tmp_path)
     assert done.returncode == 1
     assert re.search(expected, done.stderr)
     assert "Traceback" not in done.stderr

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from functools import partial
 
 import onnx
 import pytest
 import torch
-from cli import REPOSITORY, TORCHRUN, TRAIN, start, user_environment
+from cli import REPOSITORY, TORCHRUN, TRAIN, popen, start
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from ranks import run_ranks
@@ -33,7 +32,7 @@ SHORT = ["model.width=4", "trainer.max_epochs=2", "norm.activation=relu", "logge
 def trained(tmp_path_factory):
     """A run on 2 ranks: its directory and the last line it printed."""
     directory = tmp_path_factory.mktemp("trained")
-    done = start([*TORCHRUN, "-m", "train", *SHORT, "run_name=run"], directory)
+    done = start([*TORCHRUN, *TRAIN, *SHORT, "run_name=run"], directory)
     assert done.returncode == 0, done.stderr
     return directory / "outputs" / "run", done.stdout.splitlines()[-1]
 
@@ -153,9 +152,7 @@ def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
     Image.fromarray((digits.images[0] * 65535 / 16).astype("uint16")).save(tmp_path / "0_of_16_bits.png")
     Image.new("RGB", (31, 17), (200, 10, 10)).save(tmp_path / "other.png")
     files = [str(path) for path in sorted(tmp_path.glob("*.png"))]
-    done = start(
-        [sys.executable, "-m", "train.predict", f"checkpoint={trained[0]}/checkpoints/best.ckpt", *files], tmp_path
-    )
+    done = start(["-m", "train.predict", f"checkpoint={trained[0]}/checkpoints/best.ckpt", *files], tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == files
@@ -198,7 +195,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(command, arguments, message, tra
 @pytest.mark.slow
 def test_a_sweep_continues_after_a_failed_job_and_again_where_it_was_cut_off(tmp_path):
     jobs = ["norm=local,nonsense", "model=mlp", "trainer.max_epochs=1", "logger=none", "+trainer.limit_train_batches=2"]
-    command = [sys.executable, str(REPOSITORY / "scripts" / "sweep.py"), "--nproc", "2", "--output", "sweep", *jobs]
+    command = [str(REPOSITORY / "scripts" / "sweep.py"), "--nproc", "2", "--output", "sweep", *jobs]
     done = start(command, tmp_path)
     assert done.returncode == 1
     with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
@@ -224,16 +221,11 @@ def test_two_nodes_of_two_ranks_share_one_run(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     node = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"),
+        *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"),
         *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"),
         *("-m", "train", "model=mlp", "norm.group=node", "trainer.max_epochs=1", "+trainer.limit_train_batches=3"),
     ]
-    nodes = [
-        subprocess.Popen(
-            node, cwd=tmp_path, env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    nodes = [popen(node, tmp_path) for _ in range(2)]
     outputs = [process.communicate(timeout=150) for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
     printed = outputs[0][0] + outputs[1][0]

@@ -30,6 +30,9 @@ def recipe(name):
     )
     config.data.train_transforms = images.train_transforms
     config.data.batch_transforms = images.batch_transforms
+    if images.image_size > 64:
+        assert own.model.width is None
+        config.model.width = 16  # a quarter of the published one: four deep networks would take a minute
     config.compile = False  # minutes for the deep ones; one graph is tested in test_train_speed.py
     for key in ("precision", "accumulate_grad_batches", "gradient_clip_val"):
         assert config.trainer[key] == own.trainer[key]

@@ -4,13 +4,12 @@ import csv
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from cli import TORCHRUN, start, user_environment
+from cli import TORCHRUN, TRAIN, popen, start
 from lightning.pytorch import Callback
 from ranks import run_ranks
 
@@ -65,7 +64,7 @@ def assert_identical(one, other, where=""):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    done = start([*TORCHRUN, "-m", "train", *STATEFUL], directory)
+    done = start([*TORCHRUN, *TRAIN, *STATEFUL], directory)
     assert done.returncode == 0, done.stderr
     return what_a_run_leaves(directory)
 
@@ -74,7 +73,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_rank_killed_at_a_random_step_leaves_no_trace_once_torchrun_has_restarted_the_run(uninterrupted, tmp_path):
     step = random.SystemRandom().randrange(1, STEPS)
     kill = f"+callbacks.kill={{_target_: saboteur.Killed, rank: {step % 2}, step: {step}}}"
-    done = start([*TORCHRUN, "--max-restarts=1", "-m", "train", *STATEFUL, kill], tmp_path)
+    done = start([*TORCHRUN, "--max-restarts=1", *TRAIN, *STATEFUL, kill], tmp_path)
     assert done.returncode == 0, f"killed at step {step}\n{done.stderr}"
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["run"]
     assert done.stdout.count("resumed from") == 1
@@ -88,12 +87,10 @@ def test_a_rank_killed_at_a_random_step_leaves_no_trace_once_torchrun_has_restar
 @pytest.mark.slow
 def test_sigterm_and_sigint_save_and_stop_within_ten_seconds_and_the_resumed_run_is_the_same(uninterrupted, tmp_path):
     last = tmp_path / "outputs" / "run" / "checkpoints" / "last.ckpt"
-    command = [*TORCHRUN, "-m", "train", *STATEFUL, "resume=auto"]
+    command = [*TORCHRUN, *TRAIN, *STATEFUL, "resume=auto"]
     for signum in (signal.SIGTERM, signal.SIGINT):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = popen(command, tmp_path)
         while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
             time.sleep(0.02)
         process.send_signal(signum)
