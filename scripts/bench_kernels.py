@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed as w
 
 import syncbn  # noqa: E402
 from syncbn.backends import triton_launch  # noqa: E402
+from syncbn.statistics import Fused, Running, Wanted  # noqa: E402
 
 SHAPES = [
     (32, 64, 112, 112), (128, 64, 56, 56), (32, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7),
@@ -41,6 +42,7 @@ SHAPES = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COPY, TORCH_SYNC, OURS = "copy", "torch SyncBN + ReLU", "ours, fused"
 EPS = 1e-5
+RELU = Fused(activation="relu")
 MAX_ERROR = 1e-4
 FLUSH_BYTES = 2**28
 TENSORS_MOVED = 8  # activations read and written: 3 forward, 5 backward
@@ -161,18 +163,13 @@ def _our_sequence(x: Tensor, grad_output: Tensor) -> Step:
         torch.full((C,), value, device=x.device) for value in (1.0, 0.0, 0.0, 1.0)
     )
     batches = torch.zeros((), dtype=torch.int64, device=x.device)
-    running = syncbn.statistics.Running(running_mean, running_var, batches, 0.1)
-    extras: dict[str, Any] = {"residual": None, "mask": None, "activation": "relu"}
+    running = Running(running_mean, running_var, batches, 0.1)
+    wanted = Wanted(weight.dtype, bias.dtype, dy=False)
 
     def step() -> tuple[Tensor, Tensor]:
         packed = triton_launch.pack_stats(x, None)
-        count, _, channels = triton_launch.gather_stats(packed, weight, bias, eps=EPS, running=running)
-        y = triton_launch.elemt(x, channels, **extras)
-        sums, *_ = triton_launch.backward_reduce(
-            grad_output, x, channels, **extras, weight_dtype=weight.dtype, bias_dtype=bias.dtype, needs_dy=False
-        )
-        rest: dict[str, Any] = {"dy": None, "keeps_dy": False, "count": count, "sums": sums}
-        return y, triton_launch.backward_elemt(grad_output, x, channels, **extras, **rest)
+        y, count, _, channels = triton_launch.normalize(x, packed, weight, bias, RELU, eps=EPS, running=running)
+        return y, triton_launch.backward(grad_output, x, channels, RELU, wanted, count=count)[0]
 
     return step
 
@@ -259,8 +256,7 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
     names = ("TILE_ELEMENTS", "TILE_WARPS", "TILE_STAGES")
     chosen = [getattr(triton_launch, name) for name in names]
     steps: dict[str, Step] = {COPY: candidates(x, grad_output, with_compile=False)[COPY]}
-    extras: dict[str, Any] = {"residual": None, "mask": None, "activation": "relu"}
-    dtypes: dict[str, Any] = {"weight_dtype": torch.float32, "bias_dtype": torch.float32, "needs_dy": False}
+    wanted = Wanted(torch.float32, torch.float32, dy=False)
     replays: dict[str, Callable[[], Any]] = {}
     try:
         for setting in (None, *TUNED):
@@ -270,17 +266,15 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
                 triton_launch.plan.cache_clear()
                 check({"ours": _our_sequence(x, grad_output)}, x, grad_output)
                 count, _, channels = triton_launch.own_stats(x, None, None, None, eps=EPS, running=None)
-                sums = triton_launch.backward_reduce(grad_output, x, channels, **extras, **dtypes).sums
-                total: dict[str, Any] = {"dy": None, "keeps_dy": False, "count": count, "sums": sums}
+                operands = (grad_output, x, channels, RELU, wanted)
+                reduced = triton_launch.backward_reduce(*operands)
                 label = "/".join(map(str, setting))
                 steps = {
                     f"{label} stats": lambda: triton_launch.pack_stats(x, None),
-                    f"{label} elemt": lambda c=channels: triton_launch.elemt(x, c, **extras),
-                    f"{label} reduce": lambda c=channels: triton_launch.backward_reduce(
-                        grad_output, x, c, **extras, **dtypes
-                    ),
-                    f"{label} backward elemt": lambda c=channels, t=total: triton_launch.backward_elemt(
-                        grad_output, x, c, **extras, **t
+                    f"{label} elemt": lambda c=channels: triton_launch.elemt(x, c, RELU),
+                    f"{label} reduce": lambda o=operands: triton_launch.backward_reduce(*o),
+                    f"{label} backward elemt": lambda o=operands, r=reduced, n=count: triton_launch.backward_elemt(
+                        *o, r, count=n
                     ),
                 }
             replays |= {name: step if device == "cpu" else captured(step) for name, step in steps.items()}

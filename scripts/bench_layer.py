@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn import backends, reference
-from syncbn.statistics import Channels, Reduced
+from syncbn.statistics import Fused, Wanted
 
 SHAPES = [(32, 64, 32, 32), (32, 256, 16, 16), (8, 64, 56, 56), (64, 512, 7, 7)]
 WORLD_SHAPE = (32, 256, 16, 16)
@@ -102,25 +102,24 @@ def time_steps(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[s
     x, grad_output = inputs(shape, layout)
     weight, bias = torch.ones(shape[1]), torch.zeros(shape[1])
     expected = reference.batch_norm(x.double().numpy())
-    relu: dict[str, Any] = {"residual": None, "mask": None, "activation": "relu"}
+    relu, wanted = Fused(activation="relu"), Wanted(weight.dtype, bias.dtype, dy=False)
+    own: dict[str, Any] = {"eps": 1e-5, "running": None}
     steps: dict[str, Callable[[], Any]] = {"copy": lambda: torch.empty_like(x).copy_(x)}
     for name, backend in (("plain", backends.CPU), ("compiled", backends.COMPILED)):
-        count, var, channels = backend.own_stats(x, None, weight, bias, eps=1e-5, running=None)
+        packed = backend.pack_stats(x, None)
+        _, count, var, channels = backend.normalize(x, packed, weight, bias, relu, **own)
         assert abs(var.numpy() / expected.var - 1).max() < 1e-6
-
-        def reduce(backend: Any = backend, channels: Channels = channels) -> Reduced:
-            dtypes: dict[str, Any] = {"weight_dtype": weight.dtype, "bias_dtype": bias.dtype}
-            return backend.backward_reduce(grad_output, x, channels, **relu, **dtypes, needs_dy=False)
-
-        reduced = reduce()
-        rest: dict[str, Any] = {"dy": reduced.dy, "keeps_dy": False, "count": count, "sums": reduced.sums}
+        operands = (grad_output, x, channels, relu, wanted)
+        reduced = backend.backward_reduce(*operands)
         steps |= {
-            f"{name} stats": lambda b=backend: b.own_stats(x, None, weight, bias, eps=1e-5, running=None),
-            f"{name} elemt": lambda b=backend, c=channels: b.elemt(x, c, **relu),
-            f"{name} backward reduce": reduce,
-            f"{name} backward elemt": lambda b=backend, c=channels, r=rest: b.backward_elemt(
-                grad_output, x, c, **relu, **r
+            f"{name} pack stats": lambda b=backend: b.pack_stats(x, None),
+            f"{name} normalize": lambda b=backend, p=packed: b.normalize(x, p, weight, bias, relu, **own),
+            f"{name} backward reduce": lambda b=backend, o=operands: b.backward_reduce(*o),
+            f"{name} backward elemt": lambda b=backend, o=operands, r=reduced, n=count: b.backward_elemt(
+                *o, r, count=n
             ),
+            f"{name} one rank, forward": lambda b=backend: b.normalize(x, None, weight, bias, relu, **own),
+            f"{name} one rank, backward": lambda b=backend, o=operands, n=count: b.backward(*o, count=n),
         }
     return common.in_turns(steps, rounds, CPU)
 

@@ -10,7 +10,7 @@ from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.torch_ops import hide
 from syncbn.groups import Group, group_size
-from syncbn.statistics import Channels, Running, invstd_of
+from syncbn.statistics import Channels, Fused, Running, Wanted, invstd_of
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -38,13 +38,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
         `running` is moved, in place, where the backend does that; the caller gives None otherwise.
         """
-        backend = backends.select(x)
+        backend, packed = backends.select(x), None
         if group_size(process_group) > 1:
             packed = collectives.all_reduce_(backend.pack_stats(x, mask), process_group)
-            count, var, channels = backend.gather_stats(packed, weight, bias, eps=eps, running=running)
-        else:
-            count, var, channels = backend.own_stats(x, mask, weight, bias, eps=eps, running=running)
-        y = backend.elemt(x, channels, residual=residual, mask=mask, activation=activation)
+        fused = Fused(residual, mask, activation)
+        y, count, var, channels = backend.normalize(x, packed, weight, bias, fused, eps=eps, running=running)
 
         ctx.eps, ctx.activation, ctx.process_group, ctx.record = eps, activation, process_group, record
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -69,35 +67,19 @@ class SyncBatchNormFunction(torch.autograd.Function):
             return _differentiable_backward(ctx, saved[:7], grad_output)
 
         backend = backends.select(x)
-        channels = Channels(mean, invstd, weight, bias, coefficients)
-        grad_output = backend.match_layout(grad_output, x)
-        sums, grad_weight, grad_bias, dy = backend.backward_reduce(
-            grad_output,
-            x,
-            channels,
-            residual=residual,
-            mask=mask,
-            activation=ctx.activation,
-            weight_dtype=weight.dtype if needs_weight else None,
-            bias_dtype=ctx.bias_dtype if needs_bias else None,
-            needs_dy=needs_residual,
+        channels, fused = Channels(mean, invstd, weight, bias, coefficients), Fused(residual, mask, ctx.activation)
+        wanted = Wanted(
+            weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None, dy=needs_residual
         )
-        collectives.all_reduce_(sums, ctx.process_group)
-        grad_input = None
-        if needs_x:
-            grad_input = backend.backward_elemt(
-                grad_output,
-                x,
-                channels,
-                residual=residual,
-                mask=mask,
-                activation=ctx.activation,
-                dy=dy,
-                keeps_dy=needs_residual,
-                count=count,
-                sums=sums,
-            )
-        return grad_input, grad_weight, grad_bias, dy if needs_residual else None, *[None] * 6
+        grad_output, grad_input = backend.match_layout(grad_output, x), None
+        if needs_x and group_size(ctx.process_group) == 1:
+            grad_input, reduced = backend.backward(grad_output, x, channels, fused, wanted, count=count)
+        else:
+            reduced = backend.backward_reduce(grad_output, x, channels, fused, wanted)
+            collectives.all_reduce_(reduced.sums, ctx.process_group)
+            if needs_x:
+                grad_input = backend.backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
+        return grad_input, reduced.grad_weight, reduced.grad_bias, reduced.dy if needs_residual else None, *[None] * 6
 
 
 def _differentiable_backward(

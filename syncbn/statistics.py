@@ -1,6 +1,7 @@
-"""Pure tensor functions on per-channel statistics: pack for the wire, unpack, running averages. Nothing communicates.
+"""What travels between the steps, and pure functions on per-channel statistics: pack for the wire, unpack, averages.
 
-Per-channel values are float64 from the wire on, whatever the dtype of the activations; formulas: `syncbn.reference`.
+Nothing communicates. Per-channel values are float64 from the wire on, whatever the dtype of the activations; formulas:
+`syncbn.reference`.
 """
 
 from typing import NamedTuple
@@ -28,13 +29,29 @@ class Running(NamedTuple):
     momentum: float | None  # None: a cumulative average; without num_batches_tracked nothing moves then
 
 
+class Fused(NamedTuple):
+    """What is done beside the normalization: `activation(normalized + residual)` where the mask is True, else 0."""
+
+    residual: Tensor | None = None  # like x
+    mask: Tensor | None = None  # bool, (N, 1, *S) or broadcast
+    activation: str = "identity"
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward pass is asked for, besides that of x."""
+
+    weight_dtype: torch.dtype | None
+    bias_dtype: torch.dtype | None
+    dy: bool  # the gradient in front of the activation, that of the residual
+
+
 class Reduced(NamedTuple):
     """What the first half of a backward pass finds on one rank."""
 
     sums: Tensor  # (2C,) float64: sum(dy), then sum(dy * (x - mean)); to be summed over ranks
     grad_weight: Tensor | None
     grad_bias: Tensor | None
-    dy: Tensor | None  # the gradient in front of the activation, where somebody has use for it
+    dy: Tensor | None  # the gradient in front of the activation, where it is wanted or has been written on the way
 
 
 def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:

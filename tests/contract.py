@@ -8,7 +8,7 @@ import torch
 import syncbn
 from syncbn import reference
 from syncbn.backends import Backend
-from syncbn.statistics import Running, advance_
+from syncbn.statistics import Fused, Running, Wanted, advance_
 
 EPS = 1e-5
 ACTIVATIONS = {  # function and derivative, in NumPy
@@ -98,31 +98,35 @@ def check_training_step(backend: Backend, case: Case, device: str = "cpu") -> No
         parts = [slice(*pair) for pair in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
     masks = [mask[part].to(device) if case.mask else None for part in parts]
     xs = [in_layout(x[part], channels_last=case.channels_last) for part in parts]
-    if case.split is None:
-        count, var, channels = backend.own_stats(x, masks[0], *parameters, eps=EPS, running=running)
-    else:
-        packed = sum(backend.pack_stats(x, mask) for x, mask in zip(xs, masks, strict=True))
-        count, var, channels = backend.gather_stats(packed, *parameters, eps=EPS, running=running)
-    if not backend.updates_running:
-        advance_(running, count=count, mean=channels.mean, var=var)
-    extras: list[dict[str, Any]] = [
-        {"residual": residual[part] if case.residual else None, "mask": mask, "activation": case.activation}
+    fuseds = [
+        Fused(residual[part] if case.residual else None, mask, case.activation)
         for part, mask in zip(parts, masks, strict=True)
     ]
-    ys = [backend.elemt(x, channels, **extra) for x, extra in zip(xs, extras, strict=True)]
+    packed = None
+    if case.split is not None:
+        packed = sum(backend.pack_stats(x, mask) for x, mask in zip(xs, masks, strict=True))
+    ys = []
+    for x, fused in zip(xs, fuseds, strict=True):  # the first rank's running statistics are looked at
+        y, count, var, channels = backend.normalize(
+            x, packed, *parameters, fused, eps=EPS, running=None if ys else running
+        )
+        ys.append(y)
+    if not backend.updates_running:
+        advance_(running, count=count, mean=channels.mean, var=var)
     grads = [backend.match_layout(grad_output[part], x) for part, x in zip(parts, xs, strict=True)]
     dtype = weight.dtype if case.affine else None
-    reduced = [
-        backend.backward_reduce(
-            grad, x, channels, **extra, weight_dtype=dtype, bias_dtype=dtype, needs_dy=case.needs_dy
-        )
-        for grad, x, extra in zip(grads, xs, extras, strict=True)
-    ]
-    sums = sum(part.sums for part in reduced)
-    grad_inputs = [
-        backend.backward_elemt(grad, x, channels, **extra, dy=own.dy, keeps_dy=case.needs_dy, count=count, sums=sums)
-        for grad, x, extra, own in zip(grads, xs, extras, reduced, strict=True)
-    ]
+    wanted = Wanted(dtype, dtype, case.needs_dy)
+    if case.split is None:
+        grad_input, own = backend.backward(grads[0], x, channels, fused, wanted, count=count)
+        grad_inputs, reduced, sums = [grad_input], [own], own.sums
+    else:
+        operands = list(zip(grads, xs, [channels] * len(xs), fuseds, strict=True))
+        reduced = [backend.backward_reduce(*operand, wanted) for operand in operands]
+        sums = sum(part.sums for part in reduced)
+        grad_inputs = [
+            backend.backward_elemt(*operand, wanted, own._replace(sums=sums), count=count)
+            for operand, own in zip(operands, reduced, strict=True)
+        ]
 
     accumulated = 200 * torch.finfo(weight.dtype).eps
     unit = torch.finfo(case.dtype).eps
@@ -168,10 +172,8 @@ def check_variance(backend: Backend, mean: float, std: float, shape: tuple[int, 
     for channels_last in (False, True):
         own = in_layout(x.to(device), channels_last=channels_last)
         packed = sum(backend.pack_stats(own[part], None) for part in (slice(0, 1), slice(1, None)))
-        for _, var, _ in (
-            backend.own_stats(own, None, None, None, eps=0.0, running=None),
-            backend.gather_stats(packed, None, None, eps=0.0, running=None),
-        ):
+        for vector in (None, packed):
+            _, _, var, _ = backend.normalize(own, vector, None, None, Fused(), eps=0.0, running=None)
             errors.append(np.abs(var.cpu().numpy() / expected - 1).max())
     return float(max(errors))
 

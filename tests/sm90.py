@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from syncbn.backends import triton_launch
-from syncbn.statistics import Running
+from syncbn.statistics import Fused, Running, Wanted
 
 SHAPES = [  # the benchmark's
     (32, 64, 112, 112), (128, 64, 56, 56), (32, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7),
@@ -67,17 +67,11 @@ def training_pass(
         torch.empty_like(weight), torch.empty_like(bias), torch.zeros((), dtype=torch.int64, device=x.device), 0.1
     )
     own_mask = torch.ones(x.shape[0], 1, *x.shape[2:], dtype=torch.bool, device=x.device) if mask else None
-    extras: Any = {"residual": torch.empty_like(x) if residual else None, "mask": own_mask, "activation": activation}
-    if synced:
-        packed = triton_launch.pack_stats(x, own_mask)
-        count, _, channels = triton_launch.gather_stats(packed, weight, bias, eps=1e-5, running=running)
-    else:
-        count, _, channels = triton_launch.own_stats(x, own_mask, weight, bias, eps=1e-5, running=running)
-    grad_output = torch.empty_like(triton_launch.elemt(x, channels, **extras))
-    sums, _, _, dy = triton_launch.backward_reduce(
-        grad_output, x, channels, **extras, weight_dtype=weight.dtype, bias_dtype=bias.dtype, needs_dy=residual
-    )
-    triton_launch.backward_elemt(grad_output, x, channels, **extras, dy=dy, keeps_dy=True, count=count, sums=sums)
+    fused = Fused(torch.empty_like(x) if residual else None, own_mask, activation)
+    wanted = Wanted(weight.dtype, bias.dtype, dy=residual)
+    packed = triton_launch.pack_stats(x, own_mask) if synced else None
+    y, count, _, channels = triton_launch.normalize(x, packed, weight, bias, fused, eps=1e-5, running=running)
+    triton_launch.backward(torch.empty_like(y), x, channels, fused, wanted, count=count)
 
 
 def without_data(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """The steps of a training pass on one rank, and which implementation of them serves a tensor.
 
-step             returns                                                      launches of Triton
-pack_stats       the vector for the all-reduce: n, sum(x), sum(x^2)           2, one read of x
-gather_stats     per-channel values of the group; moves running statistics    1
-own_stats        both of these for a group of one rank                        2, one read of x
-elemt            the output                                                   1, one read of x, one write
-backward_reduce  sum(dy), sum(dy * (x - mean)), gradients of weight and bias  2, one read of x and grad_output
-backward_elemt   the gradient of x                                            1, the same, one write
+step             returns                                                        launches of Triton
+pack_stats       the vector for the all-reduce: n, sum(x), sum(x^2)             2, one read of x
+normalize        the output and the group's statistics; moves the running ones  2, one read of x, one write
+backward_reduce  sum(dy), sum(dy * (x - mean)), gradients of weight and bias    2, one read of x and grad_output
+backward_elemt   the gradient of x                                              1, the same, one write
+
+For a group of one rank `normalize` takes the statistics itself, and `backward` is both of its steps.
 
 `composed` makes them of PyTorch's verbs, of which `torch_ops` is the implementation in plain operations for every
 device and dtype; `cpu` and `triton_launch` fuse them. A backend sees one rank; it never communicates.
@@ -23,7 +23,7 @@ from torch import Tensor
 from syncbn.backends import compiled, torch_ops
 from syncbn.backends.composed import Composed
 from syncbn.backends.cpu import Cpu
-from syncbn.statistics import Channels, Reduced, Running
+from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted
 
 ENVIRONMENT_VARIABLE = "SYNCBN_BACKEND"
 CHOICES = ("auto", "torch", "compiled", "triton")
@@ -37,50 +37,35 @@ class Backend(Protocol):
 
     @property
     def updates_running(self) -> bool:
-        """Whether `gather_stats` and `own_stats` move the running statistics that they are given."""
+        """Whether `normalize` moves the running statistics that it is given."""
 
     def pack_stats(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the vector of this rank for the all-reduce, (2C + 1,) float64, as `statistics.pack` makes it."""
 
-    def gather_stats(
-        self, packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
-    ) -> tuple[Tensor, Tensor, Channels]:
-        """Return count, biased var and what the elementwise steps need, from the sum of the vectors of all ranks."""
-
-    def own_stats(
+    def normalize(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        packed: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        fused: Fused,
         *,
         eps: float,
         running: Running | None,
-    ) -> tuple[Tensor, Tensor, Channels]:
-        """Return the same for a group of one rank, without the rounding of the wire."""
+    ) -> tuple[Tensor, Tensor, Tensor, Channels]:
+        """Return y like x, count, biased var and what the backward steps need.
 
-    def elemt(
-        self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
-    ) -> Tensor:
-        """Return `activation((x - mean) * invstd * weight + bias + residual)` in the dtype and layout of x."""
+        `packed` is the sum of the vectors of all ranks. None stands for a group of one rank, whose statistics are taken
+        from x, without the rounding of the wire.
+        """
 
     def match_layout(self, tensor: Tensor, x: Tensor) -> Tensor:
         """Return the tensor in a layout that the backward steps take beside x, so that it is copied once at most."""
 
     def backward_reduce(
-        self,
-        grad_output: Tensor,
-        x: Tensor,
-        channels: Channels,
-        *,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: str,
-        weight_dtype: torch.dtype | None,
-        bias_dtype: torch.dtype | None,
-        needs_dy: bool,
+        self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted
     ) -> Reduced:
-        """Return the sums over this rank; gradients of weight and bias where a dtype is given, dy where it is needed.
+        """Return the sums over this rank, and those gradients that are wanted.
 
         dy is the gradient in front of the activation, whose derivative is computed again from x: nothing was stored.
         """
@@ -90,19 +75,21 @@ class Backend(Protocol):
         grad_output: Tensor,
         x: Tensor,
         channels: Channels,
+        fused: Fused,
+        wanted: Wanted,
+        reduced: Reduced,
         *,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: str,
-        dy: Tensor | None,
-        keeps_dy: bool,
         count: Tensor,
-        sums: Tensor,
     ) -> Tensor:
-        """Return the gradient of x in its dtype and layout; count and sums are those of the whole group.
+        """Return the gradient of x, like x; count and `reduced.sums` are those of the whole group.
 
-        With `keeps_dy` dy is wanted afterwards; otherwise its memory may become that of the result.
+        Where dy is not wanted, its memory may become that of the result.
         """
+
+    def backward(
+        self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
+    ) -> tuple[Tensor, Reduced]:
+        """Return what both steps return, for a group of one rank."""
 
 
 PLAIN = Composed(torch_ops)

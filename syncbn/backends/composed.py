@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncbn.statistics import Channels, Reduced, Running, invstd_of, pack, unpack
+from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, invstd_of, pack, unpack
 
 
 class Verbs(Protocol):
@@ -18,20 +18,11 @@ class Verbs(Protocol):
     def batch_norm_stats(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return count, mean and the sum of squared deviations from the mean."""
 
-    def batch_norm_elemt(
-        self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
-    ) -> Tensor:
+    def batch_norm_elemt(self, x: Tensor, channels: Channels, fused: Fused) -> Tensor:
         """Return `activation((x - mean) * invstd * weight + bias + residual)` in the dtype and layout of x."""
 
     def batch_norm_activation_backward(
-        self,
-        grad_output: Tensor,
-        x: Tensor,
-        channels: Channels,
-        *,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: str,
+        self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused
     ) -> Tensor:
         """Return dy, the gradient of what went into the activation; computed again from x, nothing was stored."""
 
@@ -66,98 +57,70 @@ class Composed:
         """Return count, mean and M2 of this rank."""
         return self.verbs.batch_norm_stats(x, mask)
 
-    def channels(self, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Channels:
-        """Return what the elementwise steps need."""
-        return Channels(mean, invstd, weight, bias)
-
     def pack_stats(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the vector of this rank for the all-reduce."""
         return pack(*self.stats(x, mask))
 
-    def gather_stats(
-        self, packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
-    ) -> tuple[Tensor, Tensor, Channels]:
-        """Return count, var and what the elementwise steps need, from the summed vector."""
-        count, mean, var = unpack(packed)
-        return count, var, self.channels(mean, invstd_of(var, eps), weight, bias)
-
-    def own_stats(
+    def normalize(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        packed: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        fused: Fused,
         *,
         eps: float,
         running: Running | None,
-    ) -> tuple[Tensor, Tensor, Channels]:
-        """Return the same for this rank alone, without the rounding of the wire."""
-        count, mean, M2 = self.stats(x, mask)
-        var = M2 / count.clamp(min=1)
-        return count, var, self.channels(mean, invstd_of(var, eps), weight, bias)
-
-    def elemt(
-        self, x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
-    ) -> Tensor:
-        """Return the output."""
-        return self.verbs.batch_norm_elemt(x, channels, residual=residual, mask=mask, activation=activation)
+    ) -> tuple[Tensor, Tensor, Tensor, Channels]:
+        """Return the output, count, var and what the backward steps need."""
+        if packed is None:
+            count, mean, M2 = self.stats(x, fused.mask)
+            var = M2 / count.clamp(min=1)
+        else:
+            count, mean, var = unpack(packed)
+        channels = Channels(mean, invstd_of(var, eps), weight, bias)
+        return self.verbs.batch_norm_elemt(x, channels, fused), count, var, channels
 
     def match_layout(self, tensor: Tensor, x: Tensor) -> Tensor:
         """Return the tensor as it is: the verbs take any layout."""
         return tensor
 
     def backward_reduce(
-        self,
-        grad_output: Tensor,
-        x: Tensor,
-        channels: Channels,
-        *,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: str,
-        weight_dtype: torch.dtype | None,
-        bias_dtype: torch.dtype | None,
-        needs_dy: bool,
+        self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted
     ) -> Reduced:
         """Return both sums of this rank, the gradients of weight and bias, and dy."""
-        dy = self.verbs.batch_norm_activation_backward(
-            grad_output, x, channels, residual=residual, mask=mask, activation=activation
-        )
-        sums = self.verbs.batch_norm_backward_reduce(dy, x, channels, mask=mask)
-        return reduced(*sums, channels, dy, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
+        dy = self.verbs.batch_norm_activation_backward(grad_output, x, channels, fused)
+        sums = self.verbs.batch_norm_backward_reduce(dy, x, channels, mask=fused.mask)
+        return reduced_of(*sums, channels, wanted, dy)
 
     def backward_elemt(
         self,
         grad_output: Tensor,
         x: Tensor,
         channels: Channels,
+        fused: Fused,
+        wanted: Wanted,
+        reduced: Reduced,
         *,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        activation: str,
-        dy: Tensor | None,
-        keeps_dy: bool,
         count: Tensor,
-        sums: Tensor,
     ) -> Tensor:
         """Return the gradient of x."""
-        assert dy is not None
-        sum_dy, sum_dy_xmu = sums.chunk(2)
+        assert reduced.dy is not None
+        sum_dy, sum_dy_xmu = reduced.sums.chunk(2)
         return self.verbs.batch_norm_backward_elemt(
-            dy, x, channels, mask=mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
+            reduced.dy, x, channels, mask=fused.mask, count=count, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu
         )
 
+    def backward(
+        self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
+    ) -> tuple[Tensor, Reduced]:
+        """Return the gradient of x and the others."""
+        reduced = self.backward_reduce(grad_output, x, channels, fused, wanted)
+        return self.backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count), reduced
 
-def reduced(
-    sum_dy: Tensor,
-    sum_dy_xmu: Tensor,
-    channels: Channels,
-    dy: Tensor | None,
-    *,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> Reduced:
-    """Return both sums, (C,) float64 of one rank, and the gradients of weight and bias that follow from them."""
-    grad_weight = None if weight_dtype is None else (sum_dy_xmu * channels.invstd).to(weight_dtype)
-    grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype, copy=True)
+
+def reduced_of(sum_dy: Tensor, sum_dy_xmu: Tensor, channels: Channels, wanted: Wanted, dy: Tensor | None) -> Reduced:
+    """Return both sums, (C,) float64 of one rank, with the gradients of weight and bias that follow from them."""
+    grad_weight = None if wanted.weight_dtype is None else (sum_dy_xmu * channels.invstd).to(wanted.weight_dtype)
+    grad_bias = None if wanted.bias_dtype is None else sum_dy.to(wanted.bias_dtype, copy=True)
     return Reduced(torch.cat([sum_dy, sum_dy_xmu]), grad_weight, grad_bias, dy)

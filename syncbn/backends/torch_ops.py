@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncbn.activations import ACTIVATIONS
-from syncbn.statistics import Channels
+from syncbn.statistics import Channels, Fused
 
 
 class Affine(NamedTuple):
@@ -38,28 +38,18 @@ def batch_norm_stats(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     return count, pivot.double() + offset, (square - count * offset.square()).clamp(min=0)
 
 
-def batch_norm_elemt(
-    x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str
-) -> Tensor:
+def batch_norm_elemt(x: Tensor, channels: Channels, fused: Fused) -> Tensor:
     """Return `activation((x - mean) * invstd * weight + bias + residual)` in the dtype and layout of x."""
-    y = ACTIVATIONS[activation].apply_(preactivation(x, normalization(channels, x), residual))
-    return _finished(hide_(y, mask), x)
+    y = ACTIVATIONS[fused.activation].apply_(preactivation(x, normalization(channels, x), fused.residual))
+    return _finished(hide_(y, fused.mask), x)
 
 
-def batch_norm_activation_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    channels: Channels,
-    *,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-) -> Tensor:
+def batch_norm_activation_backward(grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused) -> Tensor:
     """Return dy, the gradient of what went into the activation, like x; `grad_output` itself where nothing changes."""
-    if activation == "identity":
-        return grad_output if mask is None else hide_(grad_output.clone(), mask)
-    z = preactivation(x, normalization(channels, x), residual)
-    return _finished(hide_(activation_backward(grad_output, z, activation), mask), x)
+    if fused.activation == "identity":
+        return grad_output if fused.mask is None else hide_(grad_output.clone(), fused.mask)
+    z = preactivation(x, normalization(channels, x), fused.residual)
+    return _finished(hide_(activation_backward(grad_output, z, fused.activation), fused.mask), x)
 
 
 def batch_norm_backward_reduce(

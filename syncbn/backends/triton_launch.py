@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from syncbn.backends import triton_kernels
-from syncbn.statistics import Channels, Reduced, Running
+from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted
 
 updates_running = True
 
@@ -101,7 +101,25 @@ def own_stats(
     return _finished(statistics, coefficients, weight, bias, running, is_cumulative)
 
 
-def elemt(x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tensor | None, activation: str) -> Tensor:
+def normalize(
+    x: Tensor,
+    packed: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fused: Fused,
+    *,
+    eps: float,
+    running: Running | None,
+) -> tuple[Tensor, Tensor, Tensor, Channels]:
+    """Return the output, count, var and what the backward steps need; move the running statistics."""
+    if packed is None:
+        count, var, channels = own_stats(x, fused.mask, weight, bias, eps=eps, running=running)
+    else:
+        count, var, channels = gather_stats(packed, weight, bias, eps=eps, running=running)
+    return elemt(x, channels, fused), count, var, channels
+
+
+def elemt(x: Tensor, channels: Channels, fused: Fused) -> Tensor:
     """Return the output, like x."""
     y = torch.empty_like(x)
     if x.numel():
@@ -109,8 +127,9 @@ def elemt(x: Tensor, channels: Channels, *, residual: Tensor | None, mask: Tenso
         _launch(
             triton_kernels.elemt_kernel,
             plan.elemt_grid,
-            x, _like(residual, x), _flat_mask(mask, x), _coefficients(channels), y, *plan.sizes, plan.elemt_tiles,
-            ACTIVATION=activation, **plan.constexprs,
+            x, _like(fused.residual, x), _flat_mask(fused.mask, x), _coefficients(channels), y,
+            *plan.sizes, plan.elemt_tiles,
+            ACTIVATION=fused.activation, **plan.constexprs,
         )  # fmt: skip
     return y
 
@@ -122,27 +141,14 @@ def match_layout(tensor: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
 
 
-def backward_reduce(
-    grad_output: Tensor,
-    x: Tensor,
-    channels: Channels,
-    *,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-    needs_dy: bool,
-) -> Reduced:
-    """Return both sums of this rank, the gradients of weight and bias, and dy where the residual needs it."""
+def backward_reduce(grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted) -> Reduced:
+    """Return both sums of this rank, and those gradients that are wanted."""
     C = x.shape[1]
-    is_copy = activation == "identity" and mask is None  # dy is grad_output
-    dy = torch.empty_like(x) if needs_dy and not is_copy else None
+    is_copy = fused.activation == "identity" and fused.mask is None  # dy is grad_output
+    dy = torch.empty_like(x) if wanted.dy and not is_copy else None
     make = torch.empty if x.numel() else torch.zeros
     sums = make(2 * C, dtype=torch.float64, device=x.device)
-    grad_weight, grad_bias = (
-        None if dtype is None else make(C, dtype=dtype, device=x.device) for dtype in (weight_dtype, bias_dtype)
-    )
+    grad_weight, grad_bias = (None if dtype is None else make(C, dtype=dtype, device=x.device) for dtype in wanted[:2])
     if x.numel():
         plan, coefficients = _plan_of(x), _coefficients(channels)
         splits = plan.reduce_grid[1]
@@ -150,9 +156,9 @@ def backward_reduce(
         _launch(
             triton_kernels.backward_reduce_kernel,
             plan.reduce_grid,
-            _like(grad_output, x), x, _like(residual, x), _flat_mask(mask, x), coefficients, dy, partials,
+            _like(grad_output, x), x, _like(fused.residual, x), _flat_mask(fused.mask, x), coefficients, dy, partials,
             *plan.sizes, plan.reduce_tiles,
-            ACTIVATION=activation, **plan.constexprs,
+            ACTIVATION=fused.activation, **plan.constexprs,
         )  # fmt: skip
         grid, blocks = _merge_blocks(C, splits)
         _launch(
@@ -160,36 +166,41 @@ def backward_reduce(
             grid,
             partials, coefficients, sums, grad_weight, grad_bias, C, splits, *blocks,
         )  # fmt: skip
-    return Reduced(sums, grad_weight, grad_bias, grad_output if needs_dy and is_copy else dy)
+    return Reduced(sums, grad_weight, grad_bias, grad_output if wanted.dy and is_copy else dy)
 
 
 def backward_elemt(
     grad_output: Tensor,
     x: Tensor,
     channels: Channels,
+    fused: Fused,
+    wanted: Wanted,
+    reduced: Reduced,
     *,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    dy: Tensor | None,
-    keeps_dy: bool,
     count: Tensor,
-    sums: Tensor,
 ) -> Tensor:
     """Return the gradient of x, like x; from dy where `backward_reduce` has written it."""
     grad_input = torch.empty_like(x)
-    if dy is not None:
-        grad_output, residual, activation = dy, None, "identity"
+    if reduced.dy is not None:
+        grad_output, fused = reduced.dy, Fused(mask=fused.mask)
     if x.numel():
         plan = _plan_of(x)
         _launch(
             triton_kernels.backward_elemt_kernel,
             plan.elemt_grid,
-            _like(grad_output, x), x, _like(residual, x), _flat_mask(mask, x), _coefficients(channels), count, sums,
-            grad_input, *plan.sizes, plan.elemt_tiles,
-            ACTIVATION=activation, **plan.constexprs,
+            _like(grad_output, x), x, _like(fused.residual, x), _flat_mask(fused.mask, x), _coefficients(channels),
+            count, reduced.sums, grad_input, *plan.sizes, plan.elemt_tiles,
+            ACTIVATION=fused.activation, **plan.constexprs,
         )  # fmt: skip
     return grad_input
+
+
+def backward(
+    grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
+) -> tuple[Tensor, Reduced]:
+    """Return the gradient of x and the others, for a group of one rank."""
+    reduced = backward_reduce(grad_output, x, channels, fused, wanted)
+    return backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count), reduced
 
 
 @lru_cache(maxsize=1024)

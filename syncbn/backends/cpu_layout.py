@@ -1,0 +1,113 @@
+"""How activations on CPU are read by ATen's kernels: contiguous or channels last, a part of the batch at a time."""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from syncbn.backends.torch_ops import accumulation_dtype
+
+MIN_ELEMENTS = 2**18  # below, plain operations are as fast: their calls are fewer
+PART_ELEMENTS = 2**20  # 4 MB of float32; smaller parts pay more for calls than they gain in the cache
+MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share it
+MAX_ROWS = 64  # values that one accumulator adds up: below 5e-7 relative error of a sum of squares in float32
+MAX_SPREAD_CHANNELS = 2**14  # accumulators side by side; as many as make a part of `MAX_ROWS` rows
+GUESS_FROM = 17  # values: their mean is rarely off by more than a standard deviation; no usual number of channels
+MAX_SQUARES = 4.0  # times the variance, up to which the square of a pivot's distance from the mean costs a bit of it
+
+Array = npt.NDArray[Any]
+
+
+class View(NamedTuple):
+    """How x and its like are read: (N, C * repeats, S / repeats), channels last (N * S / repeats, repeats * C)."""
+
+    shape: tuple[int, ...]
+    num_channels: int
+    repeats: int
+    is_channels_last: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a view of `tensor`, which has the layout of x."""
+        return (tensor.movedim(1, -1) if self.is_channels_last else tensor).view(self.shape)
+
+    def spread(self, values: Array, x: Tensor) -> Tensor:
+        """Return (C,) values for each channel of the view, in the accumulation dtype of x."""
+        values = values.astype(np.float64 if x.dtype == torch.float64 else np.float32)
+        if self.repeats > 1:
+            shape = self._parts_of_channels()
+            values = np.broadcast_to(values if self.is_channels_last else values[:, None], shape)
+            values = np.ascontiguousarray(values.reshape(-1))  # the kernels do not look at strides
+        return torch.from_numpy(values)
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Return `spread` values in the shape that broadcasts over the view."""
+        return values if self.is_channels_last else values[:, None]
+
+    def fold(self, values: Array) -> Array:
+        """Return the sums, (C,) float64, over the parts of each true channel."""
+        if self.repeats == 1:
+            return values.astype(np.float64)
+        return values.reshape(self._parts_of_channels()).sum(0 if self.is_channels_last else 1, dtype=np.float64)
+
+    def _parts_of_channels(self) -> tuple[int, int]:
+        own = (self.num_channels, self.repeats)
+        return own[::-1] if self.is_channels_last else own
+
+    def guess_of_mean(self, x: Tensor) -> Array:
+        """Return the mean of a few values, (C,) float64."""
+        flat = self.of(x.detach())
+        few = flat[: -(-GUESS_FROM // self.repeats)] if self.is_channels_last else flat[0, :, :GUESS_FROM].T
+        sums = few.to(accumulation_dtype(x)).sum(0).numpy()
+        return self.fold(sums) / (len(few) * self.repeats)
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the parts of the view that are worked on one after the other."""
+        size = max(1, PART_ELEMENTS // math.prod(self.shape[1:]))
+        if self.is_channels_last:
+            size = min(size, MAX_ROWS)
+        for start in range(0, self.shape[0], size):
+            yield slice(start, start + size)
+
+
+def is_large(x: Tensor) -> bool:
+    """Return whether x is a plain tensor of some size, for which kernels other than plain operations are worth it."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.is_neg():
+        return False
+    return x.numel() >= max(MIN_ELEMENTS, 1)
+
+
+def view_of(x: Tensor) -> View | None:
+    """Return how to read x; None where these kernels have no use for it."""
+    if not is_large(x):
+        return None
+    is_channels_last = x.movedim(1, -1).is_contiguous()
+    return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
+
+
+@lru_cache
+def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
+    num_channels, spatial = shape[1], math.prod(shape[2:])
+    if not is_channels_last:
+        repeats = next(d for d in divisors(spatial) if spatial // d <= MAX_RUN)
+        run = spatial // repeats
+        view = View((shape[0], num_channels * repeats, run), num_channels, repeats, False)
+        return view if run >= 16 or repeats == 1 else None
+    rows = shape[0] * spatial
+    repeats = max(d for d in divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
+    return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
+
+
+def like(tensor: Tensor, x: Tensor) -> Tensor:
+    """Return the tensor in the layout of x."""
+    return tensor if tensor.stride() == x.stride() and not tensor.is_neg() else torch.empty_like(x).copy_(tensor)
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
