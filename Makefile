@@ -38,5 +38,7 @@ clean: ## remove the environment, caches and run directories
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@# pip would compile on one core; some packages hold files for other Pythons
+	$(BIN)/python -m compileall -qq -j 0 .venv || true
 	@touch $@
