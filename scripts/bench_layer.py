@@ -12,9 +12,9 @@ Each case is checked against the NumPy oracle first. Then all candidates take tu
 within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
 benchmarks/layer_cpu.csv, steps_cpu.csv and world_cpu.csv; tables in docs/performance.md.
 
-Last answer (AMD EPYC, 2 cores, torch 2.14.1, f84da61), mean over shapes, in times of local BatchNorm2d + ReLU: one
-process 1.4 (contiguous 1.0, channels last 1.9), compiled 0.9 (0.6 and 1.2); 2 ranks 2.0 and 1.4, where a layer that
-gathers takes 2.6, a mean of squares 3.5. In collectives: 23 to 36 % of it on 2 ranks, 65 to 80 % on 8, which share 2
+Last answer (AMD EPYC, 2 cores, torch 2.14.1, 21e9a06), mean over shapes, in times of local BatchNorm2d + ReLU: one
+process 1.4 (contiguous 1.1, channels last 1.8), compiled 0.8 (0.6 and 1.0); 2 ranks 1.9 and 1.3, where a layer that
+gathers takes 2.6, a mean of squares 3.3. In collectives: 28 to 37 % of it on 2 ranks, 70 to 84 % on 8, which share 2
 cores.
 """
 
