@@ -158,6 +158,17 @@ def test_a_first_image_unlike_the_others_costs_no_accuracy(name, monkeypatch):
         np.testing.assert_allclose(found, x.double().var((0, 2, 3), correction=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_a_momentum_of_zero_or_one_is_not_taken_for_the_last_attempt(momentum, monkeypatch):
+    monkeypatch.setattr(compiled, "is_available", False)
+    compiled._scalar.cache_clear()
+    x = torch.randn(20, 3, 10, 10)
+    x[0] += 1e5  # takes all attempts
+    running = Running(torch.zeros(3), torch.ones(3), None, momentum)
+    backends.COMPILED.normalize(x, None, None, None, Fused(), eps=1e-5, running=running)
+    torch.testing.assert_close(running.mean, momentum * x.mean((0, 2, 3)))
+
+
 @pytest.mark.parametrize("name", ["torch", "auto", "compiled"])
 def test_what_works_in_place_may_follow_the_layer(name, monkeypatch):
     monkeypatch.setenv("SYNCBN_BACKEND", name)

@@ -242,7 +242,7 @@ def _count(x: Tensor) -> Tensor:
     return _scalar(float(x.numel() // x.shape[1]))
 
 
-@lru_cache
+@lru_cache(typed=True)  # True is not the momentum 1.0
 def _scalar(value: float) -> Tensor:
     """Return a tensor that nobody writes to; made on the CPU and plain in whatever mode it is first needed."""
     return torch.from_numpy(np.array(value))
