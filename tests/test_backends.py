@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
 from syncbn import backends, reference
-from syncbn.backends import compiled, cpu, cpu_layout
+from syncbn.backends import compiled, compiled_calls, cpu, cpu_layout
 from syncbn.statistics import Fused, Running, unpack
 
 
@@ -43,7 +43,7 @@ def test_the_steps_on_cpu_in_turn_are_a_training_pass(case):
 
 @pytest.mark.parametrize("case", [*CASES, *IN_FLOAT64], ids=str)
 def test_the_kernels_for_torch_compile_make_a_training_pass_without_it(case, monkeypatch):
-    monkeypatch.setattr(compiled, "is_available", False)
+    monkeypatch.setattr(compiled_calls, "is_available", False)
     check_training_step(backends.COMPILED, case)
 
 
@@ -55,12 +55,13 @@ def test_the_compiled_steps_in_turn_are_a_training_pass(case):
     check_training_step(backends.COMPILED, case)
     split = None if case.split is None else (4, 5)
     check_training_step(backends.COMPILED, case._replace(shape=(9, *case.shape[1:]), split=split))
-    assert compiled.is_available
+    assert compiled_calls.is_available
 
 
 def test_sizes_share_one_compilation(monkeypatch):
     counters = torch._dynamo.utils.counters
     torch.compiler.reset()
+    compiled_calls.forget()
     counters.clear()
     for C, sizes in ((5, (4, 6)), (7, (9, 3)), (64, (8, 8)), (3, (2, 4))):
         for N in (2, 3, 5):
@@ -118,7 +119,7 @@ MEANS_AND_STDS = [(0, 1), (1e2, 1), (1e4, 1), (1, 1e-4), (0, 1e-5), (0.1, 1e-5),
 def test_the_variance_has_six_digits_at_any_mean_and_scale(name, mean, std, request, device, monkeypatch):
     own = {"torch": backends.PLAIN, "cpu": backends.CPU, "compiled": backends.COMPILED}
     backend = own.get(name) or request.getfixturevalue("triton_launch")
-    monkeypatch.setattr(compiled, "is_available", False)  # compiled below, for fewer variants
+    monkeypatch.setattr(compiled_calls, "is_available", False)  # compiled below, for fewer variants
     assert check_variance(backend, mean, std, (6, 3, 31, 30), device if name == "triton" else "cpu") < 1e-6
 
 
@@ -127,7 +128,7 @@ def test_the_variance_has_six_digits_in_compiled_code():
         x = torch.randn(6, 3, 31, 30) * std + mean
         packed = sum(backends.COMPILED.pack_stats(x[part], None) for part in (slice(0, 1), slice(1, None)))
         np.testing.assert_allclose(unpack(packed)[2], x.double().numpy().var((0, 2, 3)), rtol=1e-6)
-    assert compiled.is_available
+    assert compiled_calls.is_available
 
 
 ON_CPU = {"cpu": backends.CPU, "compiled": backends.COMPILED}
@@ -139,7 +140,7 @@ def variance_of(name, x):
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_the_variance_has_six_digits_where_the_batch_cannot_be_split_evenly(name, monkeypatch):
-    monkeypatch.setattr(compiled, "is_available", False)
+    monkeypatch.setattr(compiled_calls, "is_available", False)
     means = 1 + torch.rand(257, dtype=torch.float64)
     for mean_over_std in (0, 1e4, 1e6):
         x = (torch.randn(1031, 257, dtype=torch.float64) * 30 + 30 * mean_over_std * means).float()  # 1031 is prime
@@ -150,7 +151,7 @@ def test_the_variance_has_six_digits_where_the_batch_cannot_be_split_evenly(name
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_a_first_image_unlike_the_others_costs_no_accuracy(name, monkeypatch):
-    monkeypatch.setattr(compiled, "is_available", False)
+    monkeypatch.setattr(compiled_calls, "is_available", False)
     x = torch.randn(20, 3, 10, 10)
     x[0] += 1e5
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -160,7 +161,7 @@ def test_a_first_image_unlike_the_others_costs_no_accuracy(name, monkeypatch):
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_a_momentum_of_zero_or_one_is_not_taken_for_the_last_attempt(momentum, monkeypatch):
-    monkeypatch.setattr(compiled, "is_available", False)
+    monkeypatch.setattr(compiled_calls, "is_available", False)
     compiled._scalar.cache_clear()
     x = torch.randn(20, 3, 10, 10)
     x[0] += 1e5  # takes all attempts
@@ -172,7 +173,7 @@ def test_a_momentum_of_zero_or_one_is_not_taken_for_the_last_attempt(momentum, m
 @pytest.mark.parametrize("name", ["torch", "auto", "compiled"])
 def test_what_works_in_place_may_follow_the_layer(name, monkeypatch):
     monkeypatch.setenv("SYNCBN_BACKEND", name)
-    monkeypatch.setattr(compiled, "is_available", name == "compiled")
+    monkeypatch.setattr(compiled_calls, "is_available", name == "compiled")
     x = torch.randn(4, 5, 6, 7)
     results = []
     for inplace in (False, True):
@@ -225,7 +226,7 @@ def test_a_mode_under_which_nothing_can_be_compiled_does_not_switch_compilation_
     layer, x = syncbn.SyncBatchNorm(5), torch.randn(4, 5, 6, 7)
     with FlopCounterMode(display=False):
         y = layer(x)
-    assert compiled.is_available
+    assert compiled_calls.is_available
     torch.testing.assert_close(layer(x), y)
 
 

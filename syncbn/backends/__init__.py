@@ -20,7 +20,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from syncbn.backends import compiled, torch_ops
+from syncbn.backends import compiled_calls, torch_ops
+from syncbn.backends.compiled import Compiled
 from syncbn.backends.composed import Composed
 from syncbn.backends.cpu import Cpu
 from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted
@@ -94,7 +95,7 @@ class Backend(Protocol):
 
 PLAIN = Composed(torch_ops)
 CPU = Cpu()
-COMPILED = compiled.Compiled()
+COMPILED = Compiled()
 
 
 def select(x: Tensor) -> Backend:
@@ -117,7 +118,7 @@ def select(x: Tensor) -> Backend:
     if choice == "torch":
         return PLAIN
     if x.device.type == "cpu" and choice != "triton":
-        return COMPILED if choice == "compiled" and compiled.is_available else CPU
+        return COMPILED if choice == "compiled" and compiled_calls.is_available else CPU
     if not x.is_cuda and choice != "triton":
         return PLAIN
     if choice == "triton":

@@ -7,11 +7,9 @@ so once and the steps go on without.
 """
 
 import math
-import types
-import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from syncbn.backends import compiled_kernels as kernels
 from syncbn.backends import torch_ops
+from syncbn.backends.compiled_calls import run
 from syncbn.backends.composed import Composed
 from syncbn.backends.cpu_layout import GUESS_FROM, MAX_RUN, divisors, is_large, like
 from syncbn.backends.torch_ops import accumulation_dtype
@@ -26,11 +25,6 @@ from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, advance
 
 BLOCK_ROWS = 32  # rows of channels-last activations that one float32 accumulator adds up, from the first-level cache
 ATTEMPTS = 3  # at a pivot near the mean: that of a few values, then the mean that was found
-
-# What two sums share, dy, is computed for each of them: written to memory it would cost more than the reads it saves.
-INDUCTOR_OPTIONS: Any = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
-
-is_available = True
 
 
 class View(NamedTuple):
@@ -100,7 +94,7 @@ class Compiled(Composed):
         flat = view.of(x)
         parts, few, count = view.parts(flat), view.few(flat), _count(x)
         for _ in range(ATTEMPTS):
-            packed, mean, is_exact = _run(kernels.packed, view, parts, few, count)
+            packed, mean, is_exact = run(kernels.packed, parts, few, count)
             if is_exact.numpy():
                 break
             few = mean.to(accumulation_dtype(x))[:, None]
@@ -131,12 +125,12 @@ class Compiled(Composed):
             parts, few = view.parts(flat), view.few(flat)
             for attempt in range(1, ATTEMPTS + 1):
                 operands = (flat, residual, parts, few, _count(x), _scalar(attempt == ATTEMPTS), *values)
-                *found, is_exact = _run(kernels.normalized_alone, view, *operands, fused.activation)
+                *found, is_exact = run(kernels.normalized_alone, *operands, fused.activation)
                 if is_exact.numpy():
                     break
                 few = found[2].to(accumulation_dtype(x))[:, None]
         else:
-            found = _run(kernels.normalized, view, flat, residual, packed, *values, fused.activation)
+            found = run(kernels.normalized, flat, residual, packed, *values, fused.activation)
         y, count, mean, var, invstd, coefficients = found
         return view.back(y, x), count, var, Channels(mean, invstd, weight, bias, coefficients)
 
@@ -154,7 +148,7 @@ class Compiled(Composed):
         grad_output, fused, dy = self._with_dy(view, grad_output, x, channels, fused, wanted)
         flat = _operands(view, x, grad_output, fused.residual)
         options = (fused.activation, *wanted[:2])
-        sums, grad_weight, grad_bias = _run(kernels.backward_sums, view, _parts(view, flat), *_rows(channels), *options)
+        sums, grad_weight, grad_bias = run(kernels.backward_sums, _parts(view, flat), *_rows(channels), *options)
         return Reduced(sums, grad_weight, grad_bias, dy)
 
     def backward_elemt(
@@ -176,7 +170,7 @@ class Compiled(Composed):
             grad_output, fused = reduced.dy, Fused()
         flat = _operands(view, x, grad_output, fused.residual)
         operands = (*flat, *_rows(channels), count, reduced.sums)
-        return view.back(_run(kernels.grad_input, view, *operands, fused.activation), x)
+        return view.back(run(kernels.grad_input, *operands, fused.activation), x)
 
     def backward(
         self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
@@ -188,9 +182,7 @@ class Compiled(Composed):
         grad_output, fused, dy = self._with_dy(view, grad_output, x, channels, fused, wanted)
         flat = _operands(view, x, grad_output, fused.residual)
         operands = (*flat, _parts(view, flat), *_rows(channels), count)
-        grad_input, sums, grad_weight, grad_bias = _run(
-            kernels.backward_alone, view, *operands, fused.activation, *wanted[:2]
-        )
+        grad_input, sums, grad_weight, grad_bias = run(kernels.backward_alone, *operands, fused.activation, *wanted[:2])
         return view.back(grad_input, x), Reduced(sums, grad_weight, grad_bias, dy)
 
     def _with_dy(
@@ -202,7 +194,7 @@ class Compiled(Composed):
         if not wanted.dy:
             return grad_output, fused, None
         operands = (*_operands(view, x, grad_output, fused.residual), *_rows(channels)[:3])
-        dy = view.back(_run(kernels.dy, view, *operands, fused.activation), x)
+        dy = view.back(run(kernels.dy, *operands, fused.activation), x)
         return dy, Fused(), dy
 
 
@@ -246,45 +238,3 @@ def _count(x: Tensor) -> Tensor:
 def _scalar(value: float) -> Tensor:
     """Return a tensor that nobody writes to; made on the CPU and plain in whatever mode it is first needed."""
     return torch.from_numpy(np.array(value))
-
-
-def _run(kernel: Callable[..., Any], view: View, *args: Any) -> Any:
-    """Run a compiled copy of `kernel`, one for each layout, dtype and whatever else code depends on besides sizes."""
-    return _compiled(kernel, (view.is_channels_last, *map(_variant, args)))(*args)
-
-
-def _variant(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.dim()
-    return tuple(map(_variant, argument)) if isinstance(argument, list | tuple) else argument
-
-
-@cache
-def _compiled(kernel: Callable[..., Any], variant: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return a compiled copy of `kernel`, one for each variant: dynamo limits how many a function may have."""
-    assert isinstance(kernel, types.FunctionType)
-    copied = types.FunctionType(
-        kernel.__code__.replace(co_name=f"{kernel.__name__}_{_compiled.cache_info().currsize}"),
-        kernel.__globals__,
-        kernel.__name__,
-    )
-    compiled = torch.compile(copied, dynamic=True, fullgraph=True, options=INDUCTOR_OPTIONS)
-
-    def run(*args: Any) -> Any:
-        global is_available
-        if is_available:
-            try:
-                try:
-                    return compiled(*args)
-                except torch._dynamo.exc.FailOnRecompileLimitHit:
-                    with torch._dynamo.config.patch(recompile_limit=64):
-                        return compiled(*args)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                is_available = False
-                reason = " ".join(str(error).split("\n")[:2])
-                warnings.warn(f"syncbn runs without compiled kernels: torch.compile failed, {reason}", stacklevel=2)
-            except (torch._dynamo.exc.TorchDynamoException, RuntimeError):
-                pass  # a mode or a stance under which nothing may be compiled: this call goes without
-        return kernel(*args)
-
-    return run

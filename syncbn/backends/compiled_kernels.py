@@ -14,7 +14,7 @@ from torch import Tensor
 
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
-from syncbn.backends.cpu_layout import MAX_SQUARES
+from syncbn.backends.cpu_layout import cost_little
 from syncbn.backends.torch_ops import Affine, accumulation_dtype, per_channel
 from syncbn.statistics import Channels, Running, advance_, invstd_of, pack, unpack
 
@@ -158,7 +158,7 @@ def _measured(parts: Parts, few: Tensor, count: Tensor) -> tuple[Tensor, Tensor,
         total, square = total + _sum(centred), square + _sum(centred.square())
     offset = total / count
     M2 = (square - total * offset).clamp(min=0)
-    return pivot + offset, M2, (offset.square() * count <= MAX_SQUARES * M2).all()
+    return pivot + offset, M2, cost_little(offset.square() * count, M2)
 
 
 def _normalized(

@@ -16,7 +16,7 @@ from torch import Tensor
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.composed import Composed, reduced_of
-from syncbn.backends.cpu_layout import MAX_SQUARES, Array, View, like, view_of
+from syncbn.backends.cpu_layout import Array, View, cost_little, like, view_of
 from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, invstd_of, unpack
 
 MAX_MEAN_OVER_STD = 8.0  # up to which `x * scale + shift` costs no more than a bit of the result
@@ -193,7 +193,7 @@ def _mean_and_M2(x: Tensor, view: View) -> tuple[Array, Array]:
         M2 = product - total * offset
         squares = 16 * offset**2 if is_centred else offset**2 + mean**2  # the rest of a bad mean costs its square
         pivot = mean
-        if (squares * count <= MAX_SQUARES * M2).all():
+        if cost_little(squares * count, M2):
             break
     return mean, np.maximum(M2, 0)
 

@@ -18,7 +18,6 @@ MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share
 MAX_ROWS = 64  # values that one accumulator adds up: below 5e-7 relative error of a sum of squares in float32
 MAX_SPREAD_CHANNELS = 2**14  # accumulators side by side; as many as make a part of `MAX_ROWS` rows
 GUESS_FROM = 17  # values: their mean is rarely off by more than a standard deviation; no usual number of channels
-MAX_SQUARES = 4.0  # times the variance, up to which the square of a pivot's distance from the mean costs a bit of it
 
 Array = npt.NDArray[Any]
 
@@ -72,6 +71,11 @@ class View(NamedTuple):
             size = min(size, MAX_ROWS)
         for start in range(0, self.shape[0], size):
             yield slice(start, start + size)
+
+
+def cost_little(squares: Any, M2: Any) -> Any:
+    """Return whether squares of pivots that were added up with M2 have cost it no more than some bits."""
+    return (squares <= 4.0 * M2).all()  # written here: torch.compile would hand over a named number as a tensor
 
 
 def is_large(x: Tensor) -> bool:

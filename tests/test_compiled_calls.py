@@ -1,0 +1,122 @@
+"""Compiled code is called directly for sizes that torch.compile has seen, and for no others."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+from syncbn.backends import compiled_calls
+
+
+def kernel(x, others, power, is_last):
+    total = x + others[0]
+    for other in others[1:]:
+        total = total + other
+    return total**power, None, total.sum(0)
+
+
+def check(*args):
+    torch.testing.assert_close(compiled_calls.run(kernel, *args), kernel(*args))
+
+
+@pytest.fixture(autouse=True)
+def searches(monkeypatch):
+    """Let graphs run as they are, and count how often torch.compile looks for one."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, example_inputs, options: graph.forward)
+    search, found = compiled_calls._through_torch_compile, []
+
+    def counted(*args):
+        found.append(None)
+        return search(*args)
+
+    monkeypatch.setattr(compiled_calls, "_through_torch_compile", counted)
+    compiled_calls.forget()
+    compiled_calls._compiled.cache_clear()
+    yield found
+    compiled_calls.forget()
+    compiled_calls._compiled.cache_clear()
+
+
+def operands(rows, columns=5, dtype=torch.float64):
+    return torch.randn(rows, columns, dtype=dtype), [torch.randn(columns, dtype=dtype) for _ in range(2)]
+
+
+def test_known_sizes_are_called_directly_with_the_tensors_at_hand(searches):
+    for rows in (3, 4, 7, 4, 3, 7):
+        for _ in range(2):
+            check(*operands(rows), 2, False)
+    assert len(searches) == 3
+
+
+def test_whatever_else_code_depends_on_leads_through_torch_compile(searches):
+    x, others = operands(3)
+    threads = torch.get_num_threads()
+    for number, args in enumerate(
+        [
+            (x, others, 2, False),
+            (x, others, 3, False),
+            (x, others[:1], 3, False),
+            (x.T.contiguous().T, others, 2, False),
+            (*operands(3, dtype=torch.float32), 2, False),
+            (x, [others[0], torch.stack(others, 1)[:, 0]], 2, False),
+        ],
+        start=1,
+    ):
+        for _ in range(2):
+            check(*args)
+        assert len(searches) == number
+    torch.set_num_threads(threads + 1)
+    check(x, others, 2, False)
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        check(x, others, 2, False)
+    assert len(searches) == 8
+
+
+def test_one_tensor_in_two_places_always_leads_through_torch_compile(searches):
+    x, others = operands(3)
+    for _ in range(2):
+        check(x, [others[0], others[0]], 2, False)
+    assert len(searches) == 2
+    check(x, others, 2, False)
+    check(*operands(3), 2, False)
+
+
+def test_only_so_many_sizes_are_known_at_a_time(searches, monkeypatch):
+    monkeypatch.setattr(compiled_calls, "MAX_CALLS", 2)
+    for rows in (3, 4, 7, 8, 3):
+        check(*operands(rows), 2, False)
+        assert len(compiled_calls._calls) <= 2
+    assert len(searches) == 5
+
+
+def test_no_tensor_is_kept():
+    for shared in (False, True):
+        for _ in range(2):
+            x, others = operands(3)
+            results = compiled_calls.run(kernel, x, [others[0], others[0]] if shared else others, 2, False)
+            kept = [weakref.ref(tensor) for tensor in (x, *others, results[0], results[2])]
+            del x, others, results
+            gc.collect()
+            assert not any(tensor() is not None for tensor in kept)
+
+
+def test_threads_do_not_mix_up_their_calls():
+    failures = []
+
+    def work(rows):
+        try:
+            for columns in range(2, 12):
+                for _ in range(3):
+                    check(*operands(rows, columns), 2, False)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
