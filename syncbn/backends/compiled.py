@@ -23,7 +23,8 @@ from syncbn.backends.cpu_layout import GUESS_FROM, MAX_RUN, divisors, is_large, 
 from syncbn.backends.torch_ops import accumulation_dtype
 from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, advance_
 
-BLOCK_ROWS = 32  # rows of channels-last activations that one float32 accumulator adds up, from the first-level cache
+STREAMS = 8  # places of channels-last activations that are read side by side and added up value by value
+BLOCK_ROWS = 8  # of these sums one float32 accumulator adds up
 ATTEMPTS = 3  # at a pivot near the mean: that of a few values, then the mean that was found
 
 
@@ -31,7 +32,7 @@ class View(NamedTuple):
     """How x and its like are read, channels in dimension 1: element by element, and in parts for sums."""
 
     elements: tuple[int, ...]  # (N, C, S), channels last (N * S, C)
-    sums: tuple[int, ...]  # (N, C, S) or (N, C, repeats, run), channels last (blocks, BLOCK_ROWS, C)
+    sums: tuple[int, ...]  # (1, N, C, S) or (1, N, C, repeats, run), channels last (STREAMS, blocks, BLOCK_ROWS, C)
     rest: int  # rows of channels-last activations that fill no block, a part of their own
     is_channels_last: bool
 
@@ -40,12 +41,12 @@ class View(NamedTuple):
         return (tensor.movedim(1, -1) if self.is_channels_last else tensor).view(self.elements).data
 
     def parts(self, flat: Tensor) -> list[Tensor]:
-        """Return views of what `of` has returned, summed over all dimensions but that of the channels."""
+        """Return views of what `of` has returned, (streams, N, C, ..., run)."""
         if not self.is_channels_last:
             return [flat.view(self.sums)]
         whole = flat.shape[0] - self.rest
-        parts = [flat[:whole].view(self.sums).movedim(-1, 1).data]
-        return [*parts, flat[whole:].T[None].data] if self.rest else parts
+        parts = [flat[:whole].view(self.sums).movedim(-1, 2).data] if whole else []
+        return [*parts, flat[whole:].T[None, None].data] if self.rest else parts
 
     def few(self, flat: Tensor) -> Tensor:
         """Return a few values of each channel, (C, k)."""
@@ -69,13 +70,12 @@ def view_of(x: Tensor, mask: Tensor | None) -> View | None:
 def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
     N, C, S = shape[0], shape[1], math.prod(shape[2:])
     if is_channels_last:
-        rows = min(BLOCK_ROWS, N * S)
-        blocks, rest = divmod(N * S, rows)
-        return View((N * S, C), (blocks, rows, C), rest, True)
+        blocks, rest = divmod(N * S, STREAMS * BLOCK_ROWS)
+        return View((N * S, C), (STREAMS, blocks, BLOCK_ROWS, C), rest, True)
     repeats = next(d for d in divisors(S) if S // d <= MAX_RUN)
     if repeats == 1:
-        return View((N, C, S), (N, C, S), 0, False)
-    return View((N, C, S), (N, C, repeats, S // repeats), 0, False) if S // repeats >= 16 else None
+        return View((N, C, S), (1, N, C, S), 0, False)
+    return View((N, C, S), (1, N, C, repeats, S // repeats), 0, False) if S // repeats >= 16 else None
 
 
 class Compiled(Composed):
@@ -209,8 +209,8 @@ def _operands(view: View, x: Tensor, *others: Tensor | None) -> tuple[Tensor | N
 
 def _parts(view: View, flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
     """Return the parts of all operands, part by part."""
-    number = 2 if view.rest else 1
-    return list(zip(*([None] * number if t is None else view.parts(t) for t in flat), strict=True))
+    parts = [None if t is None else view.parts(t) for t in flat]
+    return list(zip(*([None] * len(parts[0] or ()) if part is None else part for part in parts), strict=True))
 
 
 def _rows(channels: Channels) -> tuple[Tensor, ...]:

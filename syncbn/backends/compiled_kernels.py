@@ -1,12 +1,14 @@
 """What torch.compile makes kernels of, for `compiled`: the formulas of `torch_ops` over whole halves of a pass.
 
-Operands come in a common view, per-channel values after them. Sums are over `parts`: short ones over the last dimension
-in the accumulation dtype, from the first-level cache, then over the rest in float64. Several tensors of per-channel
-values are stacked where elementwise loops read them: what is stacked is written to memory, the rest is computed again
-for every element.
+Operands come in a common view, per-channel values after them. Sums are over `parts`: in the accumulation dtype value by
+value over the streams of a part, which are read side by side, then over its last dimension; over the rest in float64.
+What is stacked is written to memory: sums of streams, and per-channel values where elementwise loops read them, which
+would compute them again for every element.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from syncbn.backends.cpu_layout import cost_little
 from syncbn.backends.torch_ops import Affine, accumulation_dtype, per_channel
 from syncbn.statistics import Channels, Running, advance_, invstd_of, pack, unpack
 
-Parts = Sequence[Tensor]  # (N, C, ..., run) each, which together are the batch
+Parts = Sequence[Tensor]  # (streams, N, C, ..., run) each, which together are the batch
 Operands = Sequence[Tensor | None]  # x, grad_output and residual in one view
 
 
@@ -93,13 +95,13 @@ def backward_sums(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return sum(dy) and sum(dy * (x - mean)), (2C,), and the gradients of weight and bias."""
-    sum_dy, sum_dy_centred = torch.zeros_like(mean), torch.zeros_like(mean)
-    for x, grad_output, residual in parts:
-        assert x is not None
-        assert grad_output is not None
+
+    def terms(x: Tensor, grad_output: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         centred = x - per_channel(pivot, x)
         own = dy(x, grad_output, residual, pivot, scale, shift, activation).to(centred.dtype)
-        sum_dy, sum_dy_centred = sum_dy + _sum(own), sum_dy_centred + _sum(own * centred)
+        return own, own * centred
+
+    sum_dy, sum_dy_centred = _sums(terms, parts)
     sum_dy_xmu = sum_dy_centred + sum_dy * (pivot - mean)
     grad_weight = None if weight_dtype is None else (sum_dy_xmu * invstd).to(weight_dtype)
     grad_bias = None if bias_dtype is None else sum_dy.to(bias_dtype, copy=True)
@@ -152,10 +154,12 @@ def backward_alone(
 def _measured(parts: Parts, few: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and M2, (C,) float64, and whether they are exact: the mean of `few` is near the mean."""
     pivot = few.mean(-1, dtype=accumulation_dtype(few))
-    total, square = torch.zeros_like(pivot, dtype=torch.float64), torch.zeros_like(pivot, dtype=torch.float64)
-    for part in parts:
-        centred = part - per_channel(pivot, part)
-        total, square = total + _sum(centred), square + _sum(centred.square())
+
+    def terms(x: Tensor) -> tuple[Tensor, Tensor]:
+        centred = x - per_channel(pivot, x)
+        return centred, centred.square()
+
+    total, square = _sums(terms, [(part,) for part in parts])
     offset = total / count
     M2 = (square - total * offset).clamp(min=0)
     return pivot + offset, M2, cost_little(offset.square() * count, M2)
@@ -189,6 +193,15 @@ def _affine(x: Tensor, *values: Tensor) -> Affine:
     return Affine(*(per_channel(value, x) for value in values))
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Return the sums, (C,) float64."""
-    return values.sum(-1).double().sum([0, *range(2, values.dim() - 1)])
+def _sums(terms: Callable[..., tuple[Tensor, Tensor]], parts: Sequence[Operands]) -> list[Tensor]:
+    """Return the sums of both terms of operands, (C,) float64 each."""
+    sums = []
+    for operands in parts:
+        assert operands[0] is not None
+        none = [None] * operands[0].shape[0]
+        streams = zip(*(none if part is None else part.unbind() for part in operands), strict=True)
+        added = [reduce(operator.add, values) for values in zip(*(terms(*stream) for stream in streams), strict=True)]
+        if len(none) > 1:
+            added = [values.movedim(-1, 1) for values in torch.stack([values.movedim(1, -1) for values in added])]
+        sums.append([values.sum(-1).double().sum([0, *range(2, values.dim() - 1)]) for values in added])
+    return [reduce(operator.add, values) for values in zip(*sums, strict=True)]
