@@ -84,6 +84,29 @@ def test_one_tensor_in_two_places_always_leads_through_torch_compile(searches):
     check(*operands(3), 2, False)
 
 
+def test_a_tensor_of_another_type_or_device_leads_through_torch_compile(searches):
+    class Own(torch.Tensor):
+        pass
+
+    x, others = operands(3)
+    check(x, others, 2, False)
+    for number in (2, 3):
+        check(x, [others[0].as_subclass(Own), others[1]], 2, False)
+        assert len(searches) == number
+    with pytest.raises(RuntimeError, match="meta"):
+        compiled_calls.run(kernel, x, [others[0], others[1].to("meta")], 2, False)
+    assert len(searches) == 4
+
+
+def test_a_stance_without_compilation_leaves_no_trace(searches):
+    x, others = operands(3)
+    with torch.compiler.set_stance("force_eager"):
+        check(x, others, 2, False)
+    check(x, others, 2, False)
+    check(x, others, 2, False)
+    assert len(searches) == 2
+
+
 def test_only_so_many_sizes_are_known_at_a_time(searches, monkeypatch):
     monkeypatch.setattr(compiled_calls, "MAX_CALLS", 2)
     for rows in (3, 4, 7, 8, 3):

@@ -1,7 +1,7 @@
 """How `compiled` calls what torch.compile makes: through torch.compile once for given sizes, then the code itself.
 
 To find the code that fits, torch.compile spends 0.1 ms on every call, and 0.5 ms where activations have pushed its data
-out of the cache (AMD EPYC, torch 2.14.1). Sizes, strides and dtypes of all operands tell as much.
+out of the cache (AMD EPYC, torch 2.14.1). Sizes, strides, dtypes and devices of all operands tell as much.
 """
 
 import threading
@@ -49,7 +49,7 @@ class Call(NamedTuple):
         return tuple([None if at is None else results[at] for at in self.results])
 
 
-_calls: dict[tuple[Any, ...], Call | None] = {}
+_calls: dict[tuple[Any, ...], Call] = {}
 _last = threading.local()
 
 
@@ -70,10 +70,11 @@ def run(kernel: Kernel, *args: Any) -> Any:
         return kernel(*args)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError):
         return kernel(*args)  # a mode or a stance under which nothing may be compiled: this call goes without
-    if key not in _calls:
+    call = _call(tensors, results, made)
+    if call is not None:
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
-        _calls[key] = _call(tensors, results, made)
+        _calls[key] = call
     return results
 
 
@@ -93,15 +94,15 @@ def _exactly(argument: Any, tensors: list[Tensor]) -> Any:
     """Return all that code for `argument` depends on, and add its tensors to `tensors`."""
     if isinstance(argument, Tensor):
         tensors.append(argument)
-        return argument.dtype, argument.shape, argument.stride()
+        return type(argument), argument.device, argument.dtype, argument.shape, argument.stride()
     if isinstance(argument, list | tuple):
         return tuple([_exactly(item, tensors) for item in argument])
     return argument
 
 
 def _call(tensors: Sequence[Tensor], results: Any, made: Made | None) -> Call | None:
-    """Return how to make a call of the kernel again; None where tensors were exchanged on the way."""
-    if made is None:
+    """Return how to make a call of the kernel again; None where tensors are special or were exchanged on the way."""
+    if made is None or not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
         return None
     code, operands, returned = made
     places = {id(tensor): at for at, tensor in enumerate(tensors)}
