@@ -66,6 +66,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, saved[:7], grad_output)
 
+        if _is_batched(grad_output):
+            with torch.enable_grad():
+                return _differentiable_backward(ctx, saved[:7], grad_output)
+
         backend = backends.select(x)
         channels, fused = Channels(mean, invstd, weight, bias, coefficients), Fused(residual, mask, ctx.activation)
         wanted = Wanted(
@@ -80,6 +84,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
             if needs_x:
                 grad_input = backend.backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
         return grad_input, reduced.grad_weight, reduced.grad_bias, reduced.dy if needs_residual else None, *[None] * 6
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Return whether it stands for several tensors: `is_grads_batched`, or vmap over `torch.autograd.grad`."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _differentiable_backward(

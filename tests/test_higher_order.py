@@ -167,3 +167,16 @@ def test_a_checkpointed_layer_has_a_backward_pass_under_create_graph():
     (found,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
     torch.testing.assert_close(found, expected)
     assert layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_a_batch_of_gradients_is_taken_back_as_each_alone_is(name, monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", name)
+    layer = syncbn.SyncBatchNorm(4, activation="relu", dtype=torch.float64)
+    x = torch.randn(8, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    cotangents = torch.randn(3, *x.shape, dtype=torch.float64)
+    y, inputs = layer(x), [x, layer.weight, layer.bias]
+    alone = [torch.autograd.grad(y, inputs, cotangent, retain_graph=True) for cotangent in cotangents]
+    together = torch.autograd.grad(y, inputs, cotangents, is_grads_batched=True)
+    for found, expected in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
