@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from contract import CASES, Case, check_training_step, check_variance
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
@@ -228,6 +229,35 @@ def test_a_mode_under_which_nothing_can_be_compiled_does_not_switch_compilation_
         y = layer(x)
     assert compiled_calls.is_available
     torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["auto", "compiled"])
+def test_whoever_records_operations_one_by_one_gets_all_of_them(name, monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
+    x, other = torch.randn(2, 4, 5, 6, 7)
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        y = syncbn.sync_batch_norm(x, None, None, training=True, activation="relu")
+        return torch.autograd.grad(y.pow(3).sum(), x)[0]
+
+    recorded = make_fx(gradient)(x)
+    layer = syncbn.SyncBatchNorm(5)
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
+    torch.testing.assert_close(recorded(other), gradient(other))
+    torch.testing.assert_close(traced(other), layer(other))
+
+
+@pytest.mark.parametrize("own", [backends.PLAIN, backends.CPU, backends.COMPILED], ids=["torch", "cpu", "compiled"])
+def test_a_negative_view_as_weight_is_read_as_what_it_stands_for(own):
+    weight, x = torch.rand(5), torch.randn(4, 5, 6, 7)
+    results = [
+        own.normalize(x, None, values, None, Fused(), eps=1e-5, running=None)[0]
+        for values in (-weight, torch._neg_view(weight))
+    ]
+    torch.testing.assert_close(*results)
 
 
 def test_an_activation_keeps_nan_and_a_refused_count_moves_nothing(triton_launch, device):

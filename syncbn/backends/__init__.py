@@ -101,6 +101,9 @@ COMPILED = Compiled()
 def select(x: Tensor) -> Backend:
     """Return the backend that serves `x` outside of torch.compile, which fuses the plain one by itself.
 
+    Plain operations also serve whoever follows them one by one: `torch.jit.trace`, and on CPU dispatch modes such as
+    those of `make_fx` and `FlopCounterMode`.
+
     `SYNCBN_BACKEND` in the environment: `auto`, the default, for ATen's kernels on CPU and Triton on CUDA; `compiled`
     for kernels of torch.compile on CPU; `torch` for plain operations everywhere; `triton` to be told where Triton
     cannot run rather than fall back. Triton takes float32 and half precision, contiguous or channels last; the rest is
@@ -110,7 +113,7 @@ def select(x: Tensor) -> Backend:
         ValueError: the variable has another value, or asks for Triton where it is not installed or for tensors that it
             cannot run on. On the CPU it runs under its interpreter, `TRITON_INTERPRET=1`.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return PLAIN
     choice = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if choice not in CHOICES:
@@ -118,6 +121,8 @@ def select(x: Tensor) -> Backend:
     if choice == "torch":
         return PLAIN
     if x.device.type == "cpu" and choice != "triton":
+        if torch._C._len_torch_dispatch_stack():
+            return PLAIN
         return COMPILED if choice == "compiled" and compiled_calls.is_available else CPU
     if not x.is_cuda and choice != "triton":
         return PLAIN

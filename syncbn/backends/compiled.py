@@ -220,7 +220,8 @@ def _rows(channels: Channels) -> tuple[Tensor, ...]:
 
 
 def _parameters(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.detach() for t in parameters)  # sizes of a parameter are compiled in
+    """Return plain tensors: sizes of a parameter are compiled in, and kernels read the memory of a negative view."""
+    return tuple(None if t is None else t.detach().resolve_neg() for t in parameters)
 
 
 def _scalars(running: Running | None) -> tuple[Tensor | None, ...] | None:
