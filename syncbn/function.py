@@ -63,10 +63,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if grad_output is None:
             grad_output = torch.zeros_like(x)
         # create_graph=True; a tracer may have gradients enabled as well, and has no use for them
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not is_compiling:
             return _differentiable_backward(ctx, saved[:7], grad_output)
 
-        if _is_batched(grad_output):
+        if not is_compiling and _is_batched(grad_output):
             with torch.enable_grad():
                 return _differentiable_backward(ctx, saved[:7], grad_output)
 
