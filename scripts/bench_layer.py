@@ -50,22 +50,13 @@ def candidates(num_features: int) -> dict[str, nn.Module]:
     }
     return separate | {
         "syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu"),
-        "syncbn, fused, compiled": Compiled(num_features, activation="relu"),
+        "syncbn, fused, compiled": syncbn.SyncBatchNorm(num_features, activation="relu"),
     }
 
 
-class Compiled(syncbn.SyncBatchNorm):
-    """The layer as `SYNCBN_BACKEND=compiled` makes it, in a process where the others stay as they are."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Choose the backend here and, by a hook that runs before the layer's backward, there."""
-        os.environ["SYNCBN_BACKEND"] = "compiled"
-        y = super().forward(x)
-        os.environ["SYNCBN_BACKEND"] = "auto"
-        assert y.grad_fn is not None
-        y.grad_fn.register_prehook(lambda _: os.environ.__setitem__("SYNCBN_BACKEND", "compiled"))
-        y.grad_fn.register_hook(lambda *_: os.environ.__setitem__("SYNCBN_BACKEND", "auto"))
-        return y
+def select_backend(name: str) -> None:
+    """Choose the backend that the candidate of this name stands for."""
+    os.environ["SYNCBN_BACKEND"] = "compiled" if name.endswith("compiled") else "auto"
 
 
 def inputs(shape: Shape, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -83,6 +74,7 @@ def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     """
     is_local = name.startswith(LOCAL)
     x_all, grad_all = (part if is_local else common.whole_batch(part) for part in (x, grad_output))
+    select_backend(name)
     leaf = x.detach().requires_grad_()
     y = layer(leaf)
     y.backward(grad_output)
@@ -136,7 +128,8 @@ def time_layers(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[
         x.grad = None
         layer(x).backward(grad_output)
 
-    return common.in_turns({name: lambda layer=layer: step(layer) for name, layer in layers.items()}, rounds, CPU)
+    steps = {name: lambda layer=layer: step(layer) for name, layer in layers.items()}
+    return common.in_turns(steps, rounds, CPU, before=select_backend)
 
 
 def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
@@ -151,6 +144,7 @@ def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds + 1):
         for name, layer in layers.items():
             x.grad = None
+            select_backend(name)
             with Traffic() as record:
                 times[name].append(common.milliseconds(lambda layer=layer: layer(x).backward(grad_output), CPU))
             traffic[name].append(record)

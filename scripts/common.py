@@ -205,11 +205,20 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def in_turns(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median milliseconds of each step; all take turns, and a first round warms up."""
+def in_turns(
+    steps: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, float]:
+    """Return the median milliseconds of each step; all take turns, and a first round warms up.
+
+    `before` is called with the name of the step that follows, outside of its time.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
         for name, step in steps.items():
+            before(name)
             duration = milliseconds(step, device)
             if index > 0:
                 times[name].append(duration)
