@@ -75,13 +75,35 @@ def test_whatever_else_code_depends_on_leads_through_torch_compile(searches):
     assert len(searches) == 8
 
 
-def test_one_tensor_in_two_places_always_leads_through_torch_compile(searches):
+def test_one_tensor_in_two_places_is_not_taken_for_one_operand(searches):
     x, others = operands(3)
-    for _ in range(2):
-        check(x, [others[0], others[0]], 2, False)
-    assert len(searches) == 2
+    check(x, [others[0], others[0]], 2, False)
     check(x, others, 2, False)
     check(*operands(3), 2, False)
+    check(x, [others[1], others[1]], 2, False)
+    assert len(searches) == 1
+
+
+def test_what_all_arguments_follow_from_may_be_given_in_their_place(searches):
+    def of(x, power):
+        others = [x[0], x.T.contiguous()[:, 0]]
+        expected = kernel(x, others, power, False)
+        found = compiled_calls.run(kernel, x, others, power, False, given=(x, power))
+        torch.testing.assert_close(found, expected)
+
+    for x in (*operands(5)[:1], *operands(5)[:1], torch.randn(5, 5, dtype=torch.float64).T):
+        of(x, 2)
+        of(x, 3)
+    assert len(searches) == 4
+
+
+def test_a_view_is_an_operand_like_any_other_tensor(searches):
+    x, others = operands(6)
+    parameter = torch.nn.Parameter(torch.randn(2, 5, dtype=torch.float64))
+    for _ in range(2):
+        compiled_calls.run(kernel, x[::2], [parameter[0], parameter.as_strided((5,), (1,), 5)], 2, False)
+        check(x[::2], [others[0], parameter.detach()[1]], 2, False)
+    assert len(searches) == 1
 
 
 def test_a_tensor_of_another_type_or_device_leads_through_torch_compile(searches):

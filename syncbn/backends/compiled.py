@@ -9,7 +9,7 @@ so once and the steps go on without.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from syncbn.backends import compiled_kernels as kernels
 from syncbn.backends import torch_ops
 from syncbn.backends.compiled_calls import run
 from syncbn.backends.composed import Composed
-from syncbn.backends.cpu_layout import GUESS_FROM, MAX_RUN, divisors, is_large, like
+from syncbn.backends.cpu_layout import GUESS_FROM, MAX_RUN, divisors, is_dense, is_large, like
 from syncbn.backends.torch_ops import accumulation_dtype
 from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, advance_
 
@@ -28,54 +28,58 @@ BLOCK_ROWS = 8  # of these sums one float32 accumulator adds up
 ATTEMPTS = 3  # at a pivot near the mean: that of a few values, then the mean that was found
 
 
-class View(NamedTuple):
-    """How x and its like are read, channels in dimension 1: element by element, and in parts for sums."""
+class Strided(NamedTuple):
+    """A view of activations, whatever their shape."""
 
-    elements: tuple[int, ...]  # (N, C, S), channels last (N * S, C)
-    sums: tuple[int, ...]  # (1, N, C, S) or (1, N, C, repeats, run), channels last (STREAMS, blocks, BLOCK_ROWS, C)
-    rest: int  # rows of channels-last activations that fill no block, a part of their own
-    is_channels_last: bool
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a view of `tensor`, which has the layout of x; `data`: what is a view is guarded by its base."""
-        return (tensor.movedim(1, -1) if self.is_channels_last else tensor).view(self.elements).data
+        """Return the view of `tensor`, which has the layout of x."""
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
-    def parts(self, flat: Tensor) -> list[Tensor]:
-        """Return views of what `of` has returned, (streams, N, C, ..., run)."""
-        if not self.is_channels_last:
-            return [flat.view(self.sums)]
-        whole = flat.shape[0] - self.rest
-        parts = [flat[:whole].view(self.sums).movedim(-1, 2).data] if whole else []
-        return [*parts, flat[whole:].T[None, None].data] if self.rest else parts
 
-    def few(self, flat: Tensor) -> Tensor:
-        """Return a few values of each channel, (C, k)."""
-        return (flat[:GUESS_FROM].T if self.is_channels_last else flat[0, :, :GUESS_FROM]).data
+class View(NamedTuple):
+    """How x and its like are read, channels in dimension 1: element by element, in parts for sums, a few values."""
+
+    elements: Strided  # (N, C, S), channels last (N * S, C)
+    parts: tuple[Strided, ...]  # (streams, N, C, ..., run) each
+    few: Strided  # (C, k)
 
     def back(self, flat: Tensor, x: Tensor) -> Tensor:
-        """Return a new tensor of the shape of `of` in the shape of x."""
+        """Return a new tensor of the shape of `elements` in the shape of x."""
         # x is dense, and `flat` has its order; `data`: a view would refuse what works in place on it
         return flat.as_strided(x.shape, x.stride()).data
 
 
 def view_of(x: Tensor, mask: Tensor | None) -> View | None:
     """Return how to read x; None where these kernels have no use for it."""
-    if mask is not None or not is_large(x):
-        return None
-    is_channels_last = x.movedim(1, -1).is_contiguous()
-    return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
+    return _view(x.shape, x.stride()) if mask is None and is_large(x) else None
 
 
 @lru_cache
-def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
+def _view(shape: torch.Size, stride: tuple[int, ...]) -> View | None:
     N, C, S = shape[0], shape[1], math.prod(shape[2:])
-    if is_channels_last:
-        blocks, rest = divmod(N * S, STREAMS * BLOCK_ROWS)
-        return View((N * S, C), (STREAMS, blocks, BLOCK_ROWS, C), rest, True)
+    if is_dense(shape, stride, channels_last=True):
+        return _channels_last_view(N * S, C)
     repeats = next(d for d in divisors(S) if S // d <= MAX_RUN)
-    if repeats == 1:
-        return View((N, C, S), (1, N, C, S), 0, False)
-    return View((N, C, S), (1, N, C, repeats, S // repeats), 0, False) if S // repeats >= 16 else None
+    run = S // repeats
+    if not is_dense(shape, stride, channels_last=False) or (repeats > 1 and run < 16):
+        return None
+    elements = Strided((N, C, S), (C * S, S, 1))
+    whole = Strided((1, N, C, S), (N * C * S, C * S, S, 1))
+    runs = Strided((1, N, C, repeats, run), (N * C * S, C * S, S, run, 1))
+    return View(elements, (whole if repeats == 1 else runs,), Strided((C, min(S, GUESS_FROM)), (S, 1)))
+
+
+def _channels_last_view(rows: int, C: int) -> View:
+    blocks, rest = divmod(rows, STREAMS * BLOCK_ROWS)
+    block = BLOCK_ROWS * C
+    streams = Strided((STREAMS, blocks, C, BLOCK_ROWS), (blocks * block, block, 1, C))
+    remaining = Strided((1, 1, C, rest), (C, C, 1, C), (rows - rest) * C)
+    parts = (*([streams] if blocks else []), *([remaining] if rest else []))
+    return View(Strided((rows, C), (C, 1)), parts, Strided((C, min(rows, GUESS_FROM)), (1, C)))
 
 
 class Compiled(Composed):
@@ -91,11 +95,10 @@ class Compiled(Composed):
         view = view_of(x, mask)
         if view is None:
             return super().pack_stats(x, mask)
-        flat = view.of(x)
-        parts, few, count = view.parts(flat), view.few(flat), _count(x)
+        parts, few, count = [part.of(x) for part in view.parts], view.few.of(x), _count(x)
         for _ in range(ATTEMPTS):
-            packed, mean, is_exact = run(kernels.packed, parts, few, count)
-            if is_exact.numpy():
+            packed, mean, is_exact = run(kernels.packed, parts, few, count, given=(x, few.shape[1]))
+            if is_exact.item():
                 break
             few = mean.to(accumulation_dtype(x))[:, None]
         return packed
@@ -118,19 +121,21 @@ class Compiled(Composed):
             if running is not None:
                 advance_(running, count=count, mean=channels.mean, var=var)
             return y, count, var, channels
-        flat, residual = _operands(view, x, fused.residual)
-        assert flat is not None
-        values = (*_parameters(weight, bias), _scalar(eps), _scalars(running))
+        tensors = x, None if fused.residual is None else like(fused.residual, x)
+        elements = _elements(view, tensors)
+        values = (_resolved(weight), _resolved(bias), _scalar(eps), _scalars(running), fused.activation)
+        moved = None if running is None else (*running[:3], running.momentum is None)
+        given = (*tensors, weight, bias, moved, fused.activation)
         if packed is None:
-            parts, few = view.parts(flat), view.few(flat)
+            parts, few = [part.of(x) for part in view.parts], view.few.of(x)
             for attempt in range(1, ATTEMPTS + 1):
-                operands = (flat, residual, parts, few, _count(x), _scalar(attempt == ATTEMPTS), *values)
-                *found, is_exact = run(kernels.normalized_alone, *operands, fused.activation)
-                if is_exact.numpy():
+                operands = (*elements, parts, few, _count(x), _scalar(attempt == ATTEMPTS), *values)
+                *found, is_exact = run(kernels.normalized_alone, *operands, given=(*given, few.shape[1]))
+                if is_exact.item():
                     break
                 few = found[2].to(accumulation_dtype(x))[:, None]
         else:
-            found = run(kernels.normalized, flat, residual, packed, *values, fused.activation)
+            found = run(kernels.normalized, *elements, packed, *values, given=given)
         y, count, mean, var, invstd, coefficients = found
         return view.back(y, x), count, var, Channels(mean, invstd, weight, bias, coefficients)
 
@@ -146,9 +151,10 @@ class Compiled(Composed):
         if view is None:
             return super().backward_reduce(grad_output, x, channels, fused, wanted)
         grad_output, fused, dy = self._with_dy(view, grad_output, x, channels, fused, wanted)
-        flat = _operands(view, x, grad_output, fused.residual)
+        tensors, rows, given = _operands(x, grad_output, fused, channels)
         options = (fused.activation, *wanted[:2])
-        sums, grad_weight, grad_bias = run(kernels.backward_sums, _parts(view, flat), *_rows(channels), *options)
+        parts = _parts(view, tensors)
+        sums, grad_weight, grad_bias = run(kernels.backward_sums, parts, *rows, *options, given=(*given, *options))
         return Reduced(sums, grad_weight, grad_bias, dy)
 
     def backward_elemt(
@@ -168,9 +174,9 @@ class Compiled(Composed):
             return super().backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
         if reduced.dy is not None:
             grad_output, fused = reduced.dy, Fused()
-        flat = _operands(view, x, grad_output, fused.residual)
-        operands = (*flat, *_rows(channels), count, reduced.sums)
-        return view.back(run(kernels.grad_input, *operands, fused.activation), x)
+        tensors, rows, given = _operands(x, grad_output, fused, channels)
+        operands = (*_elements(view, tensors), *rows, count, reduced.sums, fused.activation)
+        return view.back(run(kernels.grad_input, *operands, given=(*given, fused.activation)), x)
 
     def backward(
         self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
@@ -180,9 +186,11 @@ class Compiled(Composed):
         if view is None:
             return super().backward(grad_output, x, channels, fused, wanted, count=count)
         grad_output, fused, dy = self._with_dy(view, grad_output, x, channels, fused, wanted)
-        flat = _operands(view, x, grad_output, fused.residual)
-        operands = (*flat, _parts(view, flat), *_rows(channels), count)
-        grad_input, sums, grad_weight, grad_bias = run(kernels.backward_alone, *operands, fused.activation, *wanted[:2])
+        tensors, rows, given = _operands(x, grad_output, fused, channels)
+        options = (fused.activation, *wanted[:2])
+        operands = (*_elements(view, tensors), _parts(view, tensors), *rows, count, *options)
+        found = run(kernels.backward_alone, *operands, given=(*given, *options))
+        grad_input, sums, grad_weight, grad_bias = found
         return view.back(grad_input, x), Reduced(sums, grad_weight, grad_bias, dy)
 
     def _with_dy(
@@ -193,8 +201,9 @@ class Compiled(Composed):
             return grad_output, Fused(), grad_output
         if not wanted.dy:
             return grad_output, fused, None
-        operands = (*_operands(view, x, grad_output, fused.residual), *_rows(channels)[:3])
-        dy = view.back(run(kernels.dy, *operands, fused.activation), x)
+        tensors, rows, given = _operands(x, grad_output, fused, channels)
+        operands = (*_elements(view, tensors), *rows[:3], fused.activation)
+        dy = view.back(run(kernels.dy, *operands, given=(*given, fused.activation)), x)
         return dy, Fused(), dy
 
 
@@ -203,25 +212,29 @@ def _view_with_coefficients(x: Tensor, channels: Channels, fused: Fused) -> View
     return None if channels.coefficients is None else view_of(x, fused.mask)
 
 
-def _operands(view: View, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    return view.of(x), *(None if t is None else view.of(like(t, x)) for t in others)
-
-
-def _parts(view: View, flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
-    """Return the parts of all operands, part by part."""
-    parts = [None if t is None else view.parts(t) for t in flat]
-    return list(zip(*([None] * len(parts[0] or ()) if part is None else part for part in parts), strict=True))
-
-
-def _rows(channels: Channels) -> tuple[Tensor, ...]:
-    """Return pivot, scale, shift, mean and invstd; `data`: the number of rows would be taken for an equal size of x."""
+def _operands(
+    x: Tensor, grad_output: Tensor, fused: Fused, channels: Channels
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...], tuple[Any, ...]]:
+    """Return x and its like; pivot, scale, shift, mean and invstd; and what code for both depends on."""
     assert channels.coefficients is not None
-    return *(row.data for row in channels.coefficients), channels.mean, channels.invstd
+    tensors = x, like(grad_output, x), None if fused.residual is None else like(fused.residual, x)
+    prepared = channels.mean, channels.invstd, channels.coefficients
+    return tensors, (*channels.coefficients.unbind(), *prepared[:2]), (*tensors, *prepared)
 
 
-def _parameters(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return plain tensors: sizes of a parameter are compiled in, and kernels read the memory of a negative view."""
-    return tuple(None if t is None else t.detach().resolve_neg() for t in parameters)
+def _elements(view: View, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return views of x and its like, element by element."""
+    return [None if tensor is None else view.elements.of(tensor) for tensor in tensors]
+
+
+def _parts(view: View, tensors: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+    """Return the parts of x and its like, part by part."""
+    return [[None if tensor is None else part.of(tensor) for tensor in tensors] for part in view.parts]
+
+
+def _resolved(parameter: Tensor | None) -> Tensor | None:
+    """Return a tensor whose memory holds its values; kernels would read that of a negative view."""
+    return None if parameter is None else parameter.resolve_neg()
 
 
 def _scalars(running: Running | None) -> tuple[Tensor | None, ...] | None:

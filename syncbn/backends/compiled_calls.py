@@ -53,24 +53,31 @@ _calls: dict[tuple[Any, ...], Call] = {}
 _last = threading.local()
 
 
-def run(kernel: Kernel, *args: Any) -> Any:
-    """Return what `kernel` returns, from compiled code where there can be any."""
+def run(kernel: Kernel, *args: Any, given: Sequence[Any] | None = None) -> Any:
+    """Return what `kernel` returns, from compiled code where there can be any.
+
+    Args:
+        kernel: a function of tensors, sequences of them, and values that are compiled in.
+        args: its arguments.
+        given: tensors and values from which types, devices, dtypes, sizes and strides of all arguments follow, and all
+            values that are compiled in; the arguments themselves by default.
+    """
     if not is_available:
         return kernel(*args)
-    tensors: list[Tensor] = []
-    state = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    key = (kernel, *state, *[_exactly(argument, tensors) for argument in args])
+    known = args if given is None else given
+    key = (kernel, torch.get_num_threads(), torch.is_inference_mode_enabled(), *[_exactly(item) for item in known])
     call = _calls.get(key)
     try:
         if call is not None:
-            return call.of(tensors)
+            return call.of(_tensors(args))
+        args = tuple(map(_unrelated, args))
         results, made = _through_torch_compile(kernel, args)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         _give_up(error)
         return kernel(*args)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError):
         return kernel(*args)  # a mode or a stance under which nothing may be compiled: this call goes without
-    call = _call(tensors, results, made)
+    call = _call(_tensors(args), results, made)
     if call is not None:
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
@@ -90,14 +97,29 @@ def _give_up(error: Exception) -> None:
     warnings.warn(f"syncbn runs without compiled kernels: torch.compile failed, {reason}", stacklevel=2)
 
 
-def _exactly(argument: Any, tensors: list[Tensor]) -> Any:
-    """Return all that code for `argument` depends on, and add its tensors to `tensors`."""
+def _exactly(item: Any) -> Any:
+    """Return all that code for `item` depends on."""
+    if isinstance(item, Tensor):
+        return type(item), item.device, item.dtype, item.shape, item.stride()
+    return tuple([_exactly(part) for part in item]) if isinstance(item, list | tuple) else item
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments, in order."""
+    found: list[Tensor] = []
+    for argument in args:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, list | tuple):
+            found += _tensors(argument)
+    return found
+
+
+def _unrelated(argument: Any) -> Any:
+    """Return plain tensors for parameters, whose sizes would be compiled in, and for views, guarded by their base."""
     if isinstance(argument, Tensor):
-        tensors.append(argument)
-        return type(argument), argument.device, argument.dtype, argument.shape, argument.stride()
-    if isinstance(argument, list | tuple):
-        return tuple([_exactly(item, tensors) for item in argument])
-    return argument
+        return argument.data
+    return tuple(map(_unrelated, argument)) if isinstance(argument, list | tuple) else argument
 
 
 def _call(tensors: Sequence[Tensor], results: Any, made: Made | None) -> Call | None:

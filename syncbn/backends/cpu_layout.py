@@ -1,7 +1,7 @@
 """How activations on CPU are read by ATen's kernels: contiguous or channels last, a part of the batch at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -87,23 +87,33 @@ def is_large(x: Tensor) -> bool:
 
 def view_of(x: Tensor) -> View | None:
     """Return how to read x; None where these kernels have no use for it."""
-    if not is_large(x):
-        return None
-    is_channels_last = x.movedim(1, -1).is_contiguous()
-    return _view(x.shape, is_channels_last) if is_channels_last or x.is_contiguous() else None
+    return _view(x.shape, x.stride()) if is_large(x) else None
 
 
 @lru_cache
-def _view(shape: torch.Size, is_channels_last: bool) -> View | None:
+def _view(shape: torch.Size, stride: tuple[int, ...]) -> View | None:
     num_channels, spatial = shape[1], math.prod(shape[2:])
-    if not is_channels_last:
-        repeats = next(d for d in divisors(spatial) if spatial // d <= MAX_RUN)
-        run = spatial // repeats
-        view = View((shape[0], num_channels * repeats, run), num_channels, repeats, False)
-        return view if run >= 16 or repeats == 1 else None
-    rows = shape[0] * spatial
-    repeats = max(d for d in divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
-    return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
+    if is_dense(shape, stride, channels_last=True):
+        rows = shape[0] * spatial
+        repeats = max(d for d in divisors(rows) if d == 1 or d * num_channels <= MAX_SPREAD_CHANNELS)
+        return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
+    if not is_dense(shape, stride, channels_last=False):
+        return None
+    repeats = next(d for d in divisors(spatial) if spatial // d <= MAX_RUN)
+    run = spatial // repeats
+    view = View((shape[0], num_channels * repeats, run), num_channels, repeats, False)
+    return view if run >= 16 or repeats == 1 else None
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int], *, channels_last: bool) -> bool:
+    """Return whether memory holds the elements one after the other, dimension 1 innermost or in its place."""
+    order = [0, *range(2, len(shape)), 1] if channels_last else range(len(shape))
+    expected = 1
+    for dim in reversed(order):
+        if shape[dim] != 1 and stride[dim] != expected:
+            return False
+        expected *= shape[dim]
+    return True
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
