@@ -132,7 +132,7 @@ def normalize(
     if torch.compiler.is_compiling():
         count, mean, var = count.detach(), mean.detach(), var.detach()  # torch 2.11 takes them for differentiable
     if _may_read(count, needs_to=at_most_one):
-        _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)
+        _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)  # who records operations refuses item()
     if running is not None and not is_fused:
         advance_(running, count=count, mean=mean, var=var)
     return y

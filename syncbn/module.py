@@ -68,7 +68,7 @@ class BatchNorm(_BatchNorm):
 
         def check() -> None:
             self._check_input_dim(input)
-            parameter = self.weight if self.weight is not None else self.running_mean
+            parameter = self.running_mean if weight is None else weight
             check_input(input, num_features=self.num_features, parameter=parameter, residual=residual, mask=mask)
 
         weight, bias = self._scaled_parameters(input)
@@ -112,17 +112,17 @@ class BatchNorm(_BatchNorm):
 
     def _scaled_parameters(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias times the temperature: temperature * bn(x) for the price of 2C multiplications."""
+        weight, bias = self.weight, self.bias
         if self.temperature == 1:
-            return self.weight, self.bias
-        if self.weight is not None:
-            return self.weight * self.temperature, None if self.bias is None else self.bias * self.temperature
+            return weight, bias
+        if weight is not None:
+            return weight * self.temperature, None if bias is None else bias * self.temperature
         like = input if self.running_mean is None else self.running_mean
         return like.new_full((self.num_features,), self.temperature), None
 
     def _running(self) -> Running | None:
-        if self.running_mean is None or self.running_var is None:
-            return None
-        return Running(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        mean, var = self.running_mean, self.running_var  # once: a module looks up its tensors slowly
+        return None if mean is None or var is None else Running(mean, var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # any number; check_input wants two at least

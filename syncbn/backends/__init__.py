@@ -120,7 +120,7 @@ def select(x: Tensor) -> Backend:
         raise ValueError(f"expected {ENVIRONMENT_VARIABLE} to be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "torch":
         return PLAIN
-    if x.device.type == "cpu" and choice != "triton":
+    if x.is_cpu and choice != "triton":
         if torch._C._len_torch_dispatch_stack():
             return PLAIN
         return COMPILED if choice == "compiled" and compiled_calls.is_available else CPU
