@@ -203,7 +203,7 @@ class _Affine:
 
     def __init__(self, x: Tensor, coefficients: Array, view: View) -> None:
         pivot, scale, shift = coefficients
-        self.values = view.of(x)
+        self.values, self.is_channels_last = view.of(x), view.is_channels_last
         self.scale, self.shift = view.spread(scale, x), view.spread(shift, x)
         self.pivot = view.broadcast(view.spread(pivot, x)) if pivot.any() else None
         self.buffer: Tensor | None = None
@@ -217,6 +217,8 @@ class _Affine:
             if self.buffer is None:
                 self.buffer = torch.empty_like(values)
             out = self.buffer[: values.shape[0]]
+        if self.is_channels_last:
+            return torch.addcmul(self.shift, values, self.scale, out=out)
         return aten.native_batch_norm.out(
             values, self.scale, self.shift, _constant(0, self.scale), _constant(1, self.scale), False, 0.0, 0.0,
             out=out, save_mean=_constants(0, 0, out.dtype), save_invstd=_constants(0, 0, out.dtype),
