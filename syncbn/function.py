@@ -10,7 +10,7 @@ from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.torch_ops import hide
 from syncbn.groups import Group, group_size
-from syncbn.statistics import Channels, Fused, Running, Wanted, invstd_of
+from syncbn.statistics import Channels, Fused, Gradients, Running, Wanted, invstd_of
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -76,15 +76,16 @@ class SyncBatchNormFunction(torch.autograd.Function):
         wanted = Wanted(
             weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None, dy=needs_residual
         )
-        grad_output, grad_input = backend.match_layout(grad_output, x), None
+        grad_output = backend.match_layout(grad_output, x)
         if needs_x and group_size(ctx.process_group) == 1:
-            grad_input, reduced = backend.backward(grad_output, x, channels, fused, wanted, count=count)
+            grads = backend.backward(grad_output, x, channels, fused, wanted, count=count)
         else:
-            reduced = backend.backward_reduce(grad_output, x, channels, fused, wanted)
+            reduced, grad_input = backend.backward_reduce(grad_output, x, channels, fused, wanted), None
             collectives.all_reduce_(reduced.sums, ctx.process_group)
             if needs_x:
                 grad_input = backend.backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
-        return grad_input, reduced.grad_weight, reduced.grad_bias, reduced.dy if needs_residual else None, *[None] * 6
+            grads = Gradients(grad_input, *reduced[1:])
+        return *grads[:3], grads.dy if needs_residual else None, *[None] * 6
 
 
 def _is_batched(tensor: Tensor) -> bool:

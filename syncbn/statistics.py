@@ -54,6 +54,15 @@ class Reduced(NamedTuple):
     dy: Tensor | None  # the gradient in front of the activation, where it is wanted or has been written on the way
 
 
+class Gradients(NamedTuple):
+    """What a backward pass finds."""
+
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    dy: Tensor | None  # as in `Reduced`
+
+
 def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:
     """Return the vector `[n, sum(x), sum(x^2)]` whose sum over ranks describes the whole batch.
 

@@ -139,6 +139,27 @@ def variance_of(name, x):
     return ON_CPU[name].normalize(x, None, None, None, Fused(), eps=1e-5, running=None)[2]
 
 
+# ATen's CPU kernels add up a run of contiguous positions in float32: whole runs of 2^20 cost four digits.
+@pytest.mark.parametrize("mean", [0, 1, 1.9, 2.1, 1e3])
+@pytest.mark.parametrize("shape", [(1, 2, 1024, 1024), (70, 3, 31, 31), (700, 1, 31, 31)])
+def test_long_runs_cost_no_digits(shape, mean):
+    torch.manual_seed(0)
+    x, grad_output = torch.randn(shape) + mean, torch.randn(shape)
+    if shape[1] == 1:  # contiguous as well
+        x, grad_output = (t.as_strided(shape, (31 * 31, 1, 31, 1)) for t in (x, grad_output))
+    whole = x.double().numpy()
+    expected = reference.batch_norm_backward(grad_output.double().numpy(), whole)
+    layer, leaf = syncbn.SyncBatchNorm(shape[1], momentum=1.0), x.requires_grad_()
+    y = layer(leaf)
+    y.backward(grad_output)
+    n = whole.size // shape[1]
+    np.testing.assert_allclose(layer.running_var, whole.var((0, 2, 3)) * n / (n - 1), rtol=1e-6)
+    np.testing.assert_allclose(y.detach(), reference.batch_norm(whole).output, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(leaf.grad, expected.grad_input, rtol=1e-6, atol=1e-6)
+    for found, sums in ((layer.weight.grad, expected.grad_weight), (layer.bias.grad, expected.grad_bias)):
+        np.testing.assert_allclose(found, sums, atol=1e-6 * np.sqrt(n))
+
+
 @pytest.mark.parametrize("name", ON_CPU)
 def test_the_variance_has_six_digits_where_the_batch_cannot_be_split_evenly(name, monkeypatch):
     monkeypatch.setattr(compiled_calls, "is_available", False)
@@ -300,7 +321,7 @@ def test_backward_of_triton_takes_over_from_a_forward_pass_in_plain_pytorch(trit
 def test_the_view_on_cpu_has_every_value_once_in_short_runs_of_its_channel(shape, channels_last):
     x = torch.arange(shape[1], dtype=torch.float64).view(1, -1, 1, 1).expand(shape)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    view = cpu_layout.view_of(x)
+    view = cpu_layout._view(x.shape, x.stride())
     covered = torch.zeros(view.shape[0], dtype=torch.int64)
     for part in view.parts():
         covered[part] += 1

@@ -66,7 +66,8 @@ DOUBLE = ("trainer.precision=64-true",)
 
 
 def test_two_ranks_have_the_step_losses_of_one_with_synchronized_statistics_and_not_with_local_ones():
-    cases = [DOUBLE, (), (*DOUBLE, "norm=local", "trainer.max_steps=5")]
+    # At the rate of the others, one ReLU on whose sign float32 values disagree grows to 1e-2 within 30 steps.
+    cases = [DOUBLE, ("optimizer.lr_per_256=0.01",), (*DOUBLE, "norm=local", "trainer.max_steps=5")]
     alone = [step_losses(*case) for case in cases]
     first, second = run_ranks(2, step_losses_on_a_rank, cases)
     assert first == second

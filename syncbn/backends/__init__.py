@@ -24,7 +24,7 @@ from syncbn.backends import compiled_calls, torch_ops
 from syncbn.backends.compiled import Compiled
 from syncbn.backends.composed import Composed
 from syncbn.backends.cpu import Cpu
-from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted
+from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted
 
 ENVIRONMENT_VARIABLE = "SYNCBN_BACKEND"
 CHOICES = ("auto", "torch", "compiled", "triton")
@@ -89,8 +89,8 @@ class Backend(Protocol):
 
     def backward(
         self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
-    ) -> tuple[Tensor, Reduced]:
-        """Return what both steps return, for a group of one rank."""
+    ) -> Gradients:
+        """Return what both steps return but for the sums, for a group of one rank."""
 
 
 PLAIN = Composed(torch_ops)

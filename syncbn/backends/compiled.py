@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from syncbn.backends import compiled_kernels as kernels
-from syncbn.backends import torch_ops
 from syncbn.backends.compiled_calls import run
-from syncbn.backends.composed import Composed
-from syncbn.backends.cpu_layout import GUESS_FROM, MAX_RUN, divisors, is_dense, is_large, like
+from syncbn.backends.cpu import Cpu
+from syncbn.backends.cpu_layout import GUESS_FROM, is_dense, is_large, like, parts_of_run
 from syncbn.backends.torch_ops import accumulation_dtype
-from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, advance_
+from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted
 
 STREAMS = 8  # places of channels-last activations that are read side by side and added up value by value
 BLOCK_ROWS = 8  # of these sums one float32 accumulator adds up
@@ -63,10 +62,10 @@ def _view(shape: torch.Size, stride: tuple[int, ...]) -> View | None:
     N, C, S = shape[0], shape[1], math.prod(shape[2:])
     if is_dense(shape, stride, channels_last=True):
         return _channels_last_view(N * S, C)
-    repeats = next(d for d in divisors(S) if S // d <= MAX_RUN)
-    run = S // repeats
-    if not is_dense(shape, stride, channels_last=False) or (repeats > 1 and run < 16):
+    repeats = parts_of_run(S)
+    if not is_dense(shape, stride, channels_last=False) or repeats == 0:
         return None
+    run = S // repeats
     elements = Strided((N, C, S), (C * S, S, 1))
     whole = Strided((1, N, C, S), (N * C * S, C * S, S, 1))
     runs = Strided((1, N, C, repeats, run), (N * C * S, C * S, S, run, 1))
@@ -82,13 +81,8 @@ def _channels_last_view(rows: int, C: int) -> View:
     return View(Strided((rows, C), (C, 1)), parts, Strided((C, min(rows, GUESS_FROM)), (1, C)))
 
 
-class Compiled(Composed):
-    """The steps for CPU tensors, contiguous or channels last; what is small, masked or else goes to the verbs."""
-
-    updates_running = True
-
-    def __init__(self) -> None:
-        super().__init__(torch_ops)
+class Compiled(Cpu):
+    """The steps for CPU tensors, contiguous or channels last; what is small, masked or else is left to `Cpu`."""
 
     def pack_stats(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return the vector of this rank for the all-reduce, in one read of x where a few values tell the mean."""
@@ -117,10 +111,7 @@ class Compiled(Composed):
         """Return the output, count, var and what the backward steps need; move the running statistics."""
         view = view_of(x, fused.mask)
         if view is None:
-            y, count, var, channels = super().normalize(x, packed, weight, bias, fused, eps=eps, running=running)
-            if running is not None:
-                advance_(running, count=count, mean=channels.mean, var=var)
-            return y, count, var, channels
+            return super().normalize(x, packed, weight, bias, fused, eps=eps, running=running)
         tensors = x, None if fused.residual is None else like(fused.residual, x)
         elements = _elements(view, tensors)
         values = (_resolved(weight), _resolved(bias), _scalar(eps), _scalars(running), fused.activation)
@@ -180,7 +171,7 @@ class Compiled(Composed):
 
     def backward(
         self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
-    ) -> tuple[Tensor, Reduced]:
+    ) -> Gradients:
         """Return the gradient of x and the others, in one call."""
         view = _view_with_coefficients(x, channels, fused)
         if view is None:
@@ -189,9 +180,8 @@ class Compiled(Composed):
         tensors, rows, given = _operands(x, grad_output, fused, channels)
         options = (fused.activation, *wanted[:2])
         operands = (*_elements(view, tensors), _parts(view, tensors), *rows, count, *options)
-        found = run(kernels.backward_alone, *operands, given=(*given, *options))
-        grad_input, sums, grad_weight, grad_bias = found
-        return view.back(grad_input, x), Reduced(sums, grad_weight, grad_bias, dy)
+        grad_input, grad_weight, grad_bias = run(kernels.backward_alone, *operands, given=(*given, *options))
+        return Gradients(view.back(grad_input, x), grad_weight, grad_bias, dy)
 
     def _with_dy(
         self, view: View, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted

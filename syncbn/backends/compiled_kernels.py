@@ -145,10 +145,10 @@ def backward_alone(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradient of x, then what `backward_sums` returns."""
+    """Return the gradients of x, weight and bias."""
     rows = (pivot, scale, shift, mean, invstd)
     sums, grad_weight, grad_bias = backward_sums(parts, *rows, activation, weight_dtype, bias_dtype)
-    return grad_input(x, grad_output, residual, *rows, count, sums, activation), sums, grad_weight, grad_bias
+    return grad_input(x, grad_output, residual, *rows, count, sums, activation), grad_weight, grad_bias
 
 
 def _measured(parts: Parts, few: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, invstd_of, pack, unpack
+from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted, invstd_of, pack, unpack
 
 
 class Verbs(Protocol):
@@ -113,10 +113,11 @@ class Composed:
 
     def backward(
         self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
-    ) -> tuple[Tensor, Reduced]:
+    ) -> Gradients:
         """Return the gradient of x and the others."""
         reduced = self.backward_reduce(grad_output, x, channels, fused, wanted)
-        return self.backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count), reduced
+        grad_input = self.backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
+        return Gradients(grad_input, *reduced[1:])
 
 
 def reduced_of(sum_dy: Tensor, sum_dy_xmu: Tensor, channels: Channels, wanted: Wanted, dy: Tensor | None) -> Reduced:

@@ -1,10 +1,9 @@
-"""The steps on CPU, from ATen's vectorized kernels, on a part of the batch at a time so that temporaries stay in cache.
+"""The steps on CPU for much that is channels last or in half precision, in parts so that what is temporary stays small.
 
 There ATen's training-mode kernels are slow or accumulate in float32 over the whole batch. The kernels used here are
-those that have neither fault: normalization in evaluation mode, which is `x * scale + shift`, and its backward sums,
-`sum(dy)` and `sum(dy * (x - mean))` in one read. Their accumulators get short runs: the batch is viewed with more
-channels than it has, each of them a part of a true one, and the rest is added in float64. Per-channel values are worked
-on in NumPy, whose calls cost a fraction of torch's.
+those that have neither fault: `x * scale + shift`, and the backward sums of normalization in evaluation mode, `sum(dy)`
+and `sum(dy * (x - mean))` in one read. Their accumulators get short runs: the batch is viewed with more channels than
+it has, each of them a part of a true one, and the rest is added in float64.
 """
 
 from functools import lru_cache
@@ -16,19 +15,17 @@ from torch import Tensor
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.composed import Composed, reduced_of
+from syncbn.backends.cpu_contiguous import Contiguous, activation_backward_, advance_on_host_
 from syncbn.backends.cpu_layout import Array, View, cost_little, like, view_of
-from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted, invstd_of, unpack
+from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted, invstd_of, unpack
 
 MAX_MEAN_OVER_STD = 8.0  # up to which `x * scale + shift` costs no more than a bit of the result
 
 aten = torch.ops.aten
 
 
-class Cpu(Composed):
-    """The steps for CPU tensors, contiguous or channels last; what is small, masked or else goes to the verbs."""
-
-    def __init__(self) -> None:
-        super().__init__(torch_ops)
+class Cpu(Contiguous):
+    """The steps for CPU tensors; what is contiguous or small is left to `Contiguous`."""
 
     def stats(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return count, mean and M2 of this rank in one read of x, or in two where the mean is far from 0."""
@@ -72,11 +69,9 @@ class Cpu(Composed):
             z = ACTIVATIONS[fused.activation].apply_(z)
             if z.dtype != x.dtype:
                 output[part] = z
+        if running is not None:
+            advance_on_host_(running, count=count.item(), mean=mean, var=var)
         return y, count, var, channels
-
-    def match_layout(self, tensor: Tensor, x: Tensor) -> Tensor:
-        """Return the tensor in the layout of x."""
-        return like(tensor, x)
 
     def backward_reduce(
         self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted
@@ -99,11 +94,7 @@ class Cpu(Composed):
                 z = preactivation.of(part, out=gradient_in[part])
                 if added is not None:
                     z += added[part]
-                own = gradient[part].to(z.dtype)
-                if activation == "relu":
-                    aten.threshold_backward.grad_input(own, z, 0, grad_input=z)
-                else:
-                    z.copy_(ACTIVATIONS[activation].backward(own, z))
+                z = activation_backward_(gradient[part].to(z.dtype), z, activation)
                 if z.dtype != x.dtype:
                     gradient_in[part] = z
             sums += _sums(gradient_in[part].to(origin.dtype), flat[part].to(origin.dtype), origin)
@@ -135,13 +126,19 @@ class Cpu(Composed):
         factor = view.broadcast(view.spread(scale, x))
         for part in view.parts():
             term, own = linear.of(part), gradient[part]
-            if view.is_channels_last and own.dtype == term.dtype:
+            if own.dtype == term.dtype:
                 torch.addcmul(term, own, factor, out=result[part])
-            elif own.dtype == term.dtype:  # two fast kernels against one slow
-                torch.mul(own, factor, out=result[part]).add_(term)
             else:
                 result[part].copy_(term.addcmul_(own, factor))
         return grad_input
+
+    def backward(
+        self, grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
+    ) -> Gradients:
+        """Return the gradient of x and the others."""
+        if fused.mask is None and view_of(x) is not None:  # the steps of this class
+            return Composed.backward(self, grad_output, x, channels, fused, wanted, count=count)
+        return super().backward(grad_output, x, channels, fused, wanted, count=count)
 
 
 def coefficients_of(channels: Channels) -> Tensor:

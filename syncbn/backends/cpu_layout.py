@@ -15,6 +15,7 @@ from syncbn.backends.torch_ops import accumulation_dtype
 MIN_ELEMENTS = 2**18  # below, plain operations are as fast: their calls are fewer
 PART_ELEMENTS = 2**20  # 4 MB of float32; smaller parts pay more for calls than they gain in the cache
 MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share it
+MIN_RUN = 16
 MAX_ROWS = 64  # values that one accumulator adds up: below 5e-7 relative error of a sum of squares in float32
 MAX_SPREAD_CHANNELS = 2**14  # accumulators side by side; as many as make a part of `MAX_ROWS` rows
 GUESS_FROM = 17  # values: their mean is rarely off by more than a standard deviation; no usual number of channels
@@ -78,16 +79,38 @@ def cost_little(squares: Any, M2: Any) -> Any:
     return (squares <= 4.0 * M2).all()  # written here: torch.compile would hand over a named number as a tensor
 
 
+def is_plain(x: Tensor) -> bool:
+    """Return whether the memory of x holds its values, floating ones."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_floating_point() and not x.is_neg()
+
+
 def is_large(x: Tensor) -> bool:
     """Return whether x is a plain tensor of some size, for which kernels other than plain operations are worth it."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.is_neg():
+    return is_plain(x) and x.numel() >= max(MIN_ELEMENTS, 1)
+
+
+def has_runs(x: Tensor, mask: Tensor | None) -> bool:
+    """Return whether positions of a channel are next to each other, and all of x is worked on at once.
+
+    Not much of it in half precision, of which every step would make a copy.
+    """
+    if mask is not None or not is_plain(x) or x.dim() < 3 or x.numel() == 0 or not x.is_contiguous():
         return False
-    return x.numel() >= max(MIN_ELEMENTS, 1)
+    positions = x.numel() // (x.shape[0] * x.shape[1])
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    return positions > 1 and parts_of_run(positions) > 0 and not (is_half and x.numel() >= MIN_ELEMENTS)
+
+
+@lru_cache
+def parts_of_run(length: int) -> int:
+    """Return into how many parts of `MAX_RUN` values at most a run divides; 0 where they would be too short."""
+    parts = next(d for d in divisors(length) if length // d <= MAX_RUN)
+    return parts if parts == 1 or length // parts >= MIN_RUN else 0
 
 
 def view_of(x: Tensor) -> View | None:
     """Return how to read x; None where these kernels have no use for it."""
-    return _view(x.shape, x.stride()) if is_large(x) else None
+    return _view(x.shape, x.stride()) if is_large(x) and not has_runs(x, None) else None
 
 
 @lru_cache
@@ -99,10 +122,10 @@ def _view(shape: torch.Size, stride: tuple[int, ...]) -> View | None:
         return View((rows // repeats, repeats * num_channels), num_channels, repeats, True)
     if not is_dense(shape, stride, channels_last=False):
         return None
-    repeats = next(d for d in divisors(spatial) if spatial // d <= MAX_RUN)
-    run = spatial // repeats
-    view = View((shape[0], num_channels * repeats, run), num_channels, repeats, False)
-    return view if run >= 16 or repeats == 1 else None
+    repeats = parts_of_run(spatial)
+    if repeats == 0:
+        return None
+    return View((shape[0], num_channels * repeats, spatial // repeats), num_channels, repeats, False)
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int], *, channels_last: bool) -> bool:

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from syncbn.backends import triton_kernels
-from syncbn.statistics import Channels, Fused, Reduced, Running, Wanted
+from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted
 
 updates_running = True
 
@@ -197,10 +197,11 @@ def backward_elemt(
 
 def backward(
     grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
-) -> tuple[Tensor, Reduced]:
+) -> Gradients:
     """Return the gradient of x and the others, for a group of one rank."""
     reduced = backward_reduce(grad_output, x, channels, fused, wanted)
-    return backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count), reduced
+    grad_input = backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
+    return Gradients(grad_input, *reduced[1:])
 
 
 @lru_cache(maxsize=1024)
