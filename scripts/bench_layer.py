@@ -12,9 +12,9 @@ Each case is checked against the NumPy oracle first. Then all candidates take tu
 within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
 benchmarks/layer_cpu.csv, steps_cpu.csv and world_cpu.csv; tables in docs/performance.md.
 
-Last answer (AMD EPYC, 2 cores, torch 2.14.1, 71741fe), mean over shapes, in times of local BatchNorm2d + ReLU: one
-process 1.5 (contiguous 1.1, channels last 1.9), compiled 0.7 (0.5 and 0.8); 2 ranks 1.9 and 1.1, where a layer that
-gathers takes 2.5, a mean of squares 3.2. In collectives: 16 to 27 % of it on 2 ranks, 68 to 82 % on 8, which share 2
+Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781), mean over shapes, in times of local BatchNorm2d + ReLU: one
+process 1.3 (contiguous 1.0, channels last 1.7), compiled 0.6 (0.5 and 0.8); 2 ranks 1.9 and 1.1, where a layer that
+gathers takes 2.5, a mean of squares 3.4. In collectives: 27 to 37 % of it on 2 ranks, 62 to 81 % on 8, which share 2
 cores.
 """
 

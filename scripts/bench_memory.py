@@ -7,7 +7,7 @@ input: for the layer alone (its input included), between two convolutions, which
 whole pre-activation ResNet-50 in float32. The normalization's parameters are float32 throughout. Between convolutions
 the residual is the input of the first. Rows are appended to benchmarks/memory.csv; tables in docs/performance.md.
 
-Last answer (CPU, torch 2.14.1, d0f80a2): 2 tensors like the input as local BatchNorm2d + ReLU, 1 with a fused ReLU; no
+Last answer (CPU, torch 2.14.1, f434781): 2 tensors like the input as local BatchNorm2d + ReLU, 1 with a fused ReLU; no
 difference between convolutions. A mean of squares keeps one more in bfloat16.
 """
 

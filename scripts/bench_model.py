@@ -8,8 +8,8 @@ differ in their normalization alone. First each one's logits and input gradients
 plain BatchNorm on the batch of all ranks. Then all take turns, and medians are compared within the run. Rows are
 appended to benchmarks/model_DEVICE.csv; tables in docs/performance.md.
 
-Last answer (AMD EPYC, 2 cores, torch 2.14.1, 71741fe and three runs before it): 1.0 to 1.2 times local BatchNorm in
-one process, 1.3 to 1.5 on 2 ranks, for ResNet-18 and 50; the other formulations do not differ from that by more than
+Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781 and five runs before it): 1.0 to 1.2 times local BatchNorm in
+one process, 1.3 to 1.6 on 2 ranks, for ResNet-18 and 50; the other formulations do not differ from that by more than
 the runs do. cuda: not yet measured.
 """
 

@@ -20,8 +20,8 @@ the all-reduces measured in our layers on more ranks. There the ranks share the 
 appended to benchmarks/scaling.csv and scaling_gloo.csv; tables in docs/performance.md.
 
 Last answer (predicted): 11 % of a step in a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % of 64, 38 %
-of 512, 46 % of 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, 71741fe): on 3
-to 8 gloo ranks, measured all-reduces take 0.42 to 1.03 of the predicted times, 0.61 to 1.82 in runs before.
+of 512, 46 % of 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, f434781): on 3
+to 8 gloo ranks, measured all-reduces take 0.76 to 1.62 of the predicted times, 0.42 to 1.82 in runs before.
 """
 
 import math
