@@ -228,6 +228,16 @@ def test_the_default_device_of_the_first_call_does_not_matter(monkeypatch):
     torch.testing.assert_close(layer(x), y)
 
 
+# A variance above 65504 is no float16, its share in the average may be one.
+@pytest.mark.parametrize("name", ["torch", "auto", "compiled"])
+@pytest.mark.parametrize("momentum, expected", [(0.0, 1), (0.1, 16_000)])
+def test_running_statistics_are_rounded_once_they_have_moved(name, momentum, expected, monkeypatch):
+    monkeypatch.setenv("SYNCBN_BACKEND", name)
+    layer = syncbn.SyncBatchNorm(3, momentum=momentum).half()
+    layer((torch.randn(4, 3, 8, 8) * 400).half())
+    assert (layer.running_var / expected - 1).abs().max() < 0.3
+
+
 @pytest.mark.parametrize("name", ["auto", "compiled"])
 def test_a_negative_view_is_read_as_what_it_stands_for(name, monkeypatch):
     monkeypatch.setenv("SYNCBN_BACKEND", name)

@@ -138,7 +138,7 @@ def advance_on_host_(running: Running, *, count: float, mean: Tensor, var: Tenso
         momentum = 1 / num_batches_tracked.item() if momentum is None else momentum
     unbiased_var = var * (count / (count - 1))
     for own, batch in ((running_mean, mean), (running_var, unbiased_var)):
-        own.lerp_(batch.to(own.dtype), momentum or 0.0)
+        own.copy_(own.double().lerp_(batch, momentum or 0.0))
 
 
 def activation_backward_(grad_output: Tensor, z: Tensor, activation: str) -> Tensor:
