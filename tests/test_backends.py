@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
 from syncbn import backends, reference
-from syncbn.backends import compiled, compiled_calls, cpu, cpu_layout
+from syncbn.backends import compiled, compiled_calls, cpu_layout
 from syncbn.statistics import Fused, Running, unpack
 
 
@@ -220,7 +220,7 @@ def test_the_memory_of_the_caller_stays_resizable_as_fsdp_needs_it(name, monkeyp
 
 
 def test_the_default_device_of_the_first_call_does_not_matter(monkeypatch):
-    cpu._constants.cache_clear()
+    cpu_layout.constants.cache_clear()
     x = torch.randn(4, 5, 6, 7)
     layer = syncbn.SyncBatchNorm(5)
     with torch.device("meta"):

@@ -9,7 +9,8 @@ backward_elemt   the gradient of x                                              
 For a group of one rank `normalize` takes the statistics itself, and `backward` is both of its steps.
 
 `composed` makes them of PyTorch's verbs, of which `torch_ops` is the implementation in plain operations for every
-device and dtype; `cpu` and `triton_launch` fuse them. A backend sees one rank; it never communicates.
+device and dtype; `cpu_contiguous`, `cpu`, `compiled` and `triton_launch` fuse them. A backend sees one rank; it never
+communicates.
 """
 
 import os

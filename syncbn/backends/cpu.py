@@ -1,12 +1,10 @@
-"""The steps on CPU for much that is channels last or in half precision, in parts so that what is temporary stays small.
+"""The steps on CPU for large activations, channels last or in half precision, in parts so that temporaries stay small.
 
 There ATen's training-mode kernels are slow or accumulate in float32 over the whole batch. The kernels used here are
 those that have neither fault: `x * scale + shift`, and the backward sums of normalization in evaluation mode, `sum(dy)`
 and `sum(dy * (x - mean))` in one read. Their accumulators get short runs: the batch is viewed with more channels than
 it has, each of them a part of a true one, and the rest is added in float64.
 """
-
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,8 +13,8 @@ from torch import Tensor
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.composed import Composed, reduced_of
-from syncbn.backends.cpu_contiguous import Contiguous, activation_backward_, advance_on_host_
-from syncbn.backends.cpu_layout import Array, View, cost_little, like, view_of
+from syncbn.backends.cpu_contiguous import Contiguous, activation_backward_, advance_on_host_, sums_of
+from syncbn.backends.cpu_layout import Array, View, constants, cost_little, like, view_of
 from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted, invstd_of, unpack
 
 MAX_MEAN_OVER_STD = 8.0  # up to which `x * scale + shift` costs no more than a bit of the result
@@ -218,23 +216,14 @@ class _Affine:
             return torch.addcmul(self.shift, values, self.scale, out=out)
         return aten.native_batch_norm.out(
             values, self.scale, self.shift, _constant(0, self.scale), _constant(1, self.scale), False, 0.0, 0.0,
-            out=out, save_mean=_constants(0, 0, out.dtype), save_invstd=_constants(0, 0, out.dtype),
+            out=out, save_mean=constants(0, 0, out.dtype), save_invstd=constants(0, 0, out.dtype),
         )[0]  # fmt: skip
 
 
 def _sums(dy: Tensor, x: Tensor, mean: Tensor) -> Array:
     """Return sum(dy) and sum(dy * (x - mean)) for each channel of a view, (2, K) float64."""
-    _, product, total = aten.native_batch_norm_backward(
-        dy, x, None, mean, _constant(1, mean), None, None, False, 0.0, [False, True, True]
-    )
-    return np.stack([total.numpy(), product.numpy()]).astype(np.float64)
+    return np.stack([sums.numpy() for sums in sums_of(dy, x, mean)]).astype(np.float64)
 
 
 def _constant(value: float, like: Tensor) -> Tensor:
-    return _constants(value, like.shape[0], like.dtype)
-
-
-@lru_cache
-def _constants(value: float, size: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor that nobody writes to; made by NumPy, so that it is plain in whatever mode it is first needed."""
-    return torch.from_numpy(np.full(size, value, np.float64 if dtype == torch.float64 else np.float32))
+    return constants(value, like.shape[0], like.dtype)

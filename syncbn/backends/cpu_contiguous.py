@@ -6,16 +6,14 @@ activations are centred first. What is not contiguous or masked is left to the v
 """
 
 import math
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from syncbn.activations import ACTIVATIONS
 from syncbn.backends import torch_ops
 from syncbn.backends.composed import Composed, reduced_of
-from syncbn.backends.cpu_layout import has_runs, like, parts_of_run
+from syncbn.backends.cpu_layout import constants, has_runs, like, parts_of_run
 from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted, invstd_of, unpack
 
 MAX_MEAN_OVER_STD = 2.0  # up to which sums about 0 and `x * scale + shift` cost no more than a bit of the result
@@ -148,6 +146,15 @@ def activation_backward_(grad_output: Tensor, z: Tensor, activation: str) -> Ten
     return z.copy_(ACTIVATIONS[activation].backward(grad_output, z))
 
 
+def sums_of(dy: Tensor, x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum(dy) and sum(dy * (x - origin)), (C,) like origin, of ATen's evaluation-mode backward kernel."""
+    ones = constants(1, len(origin), origin.dtype)
+    _, product, total = aten.native_batch_norm_backward(
+        dy, x, None, origin, ones, None, None, False, 0.0, [False, True, True]
+    )
+    return total, product
+
+
 def _values(x: Tensor) -> Tensor:
     return x.detach().to(torch_ops.accumulation_dtype(x))
 
@@ -169,7 +176,7 @@ def _measured(values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 def _mean_and_var(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return both, (C,) float64, for a mean near 0."""
     count = values.numel() // values.shape[1]
-    total, square = _sums(values, values, _constants(values.shape[1], values.dtype)[0])
+    total, square = _sums(values, values, constants(0, values.shape[1], values.dtype))
     mean = total.double() / count
     return mean, (square - total * mean) / count
 
@@ -189,7 +196,7 @@ def _coefficients(channels: Channels, pivot: Tensor | None, dtype: torch.dtype) 
     scale = invstd if weight is None else invstd * weight
     shift = mean * -scale if pivot is None else (pivot - mean) * scale
     shift = shift if bias is None else shift + bias
-    first = _constants(len(mean), dtype)[0] if pivot is None else pivot
+    first = constants(0, len(mean), dtype) if pivot is None else pivot
     return torch.stack([first, scale.to(dtype), shift.to(dtype)])
 
 
@@ -224,10 +231,7 @@ def _sums(dy: Tensor, values: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     dy, values = (tensor.view(len(tensor), len(origin) * repeats, -1) for tensor in (dy, values))
     if repeats > 1:
         origin = origin.repeat_interleave(repeats)
-    _, ones = _constants(len(origin), origin.dtype)
-    _, product, total = aten.native_batch_norm_backward(
-        dy, values, None, origin, ones, None, None, False, 0.0, [False, True, True]
-    )
+    total, product = sums_of(dy, values, origin)
     if repeats > 1:
         total, product = (sums.view(-1, repeats).sum(1, dtype=torch.float64) for sums in (total, product))
     return total, product
@@ -239,12 +243,5 @@ def _repeats(values: Tensor) -> int:
 
 def _affine(values: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     """Return `values * scale + shift`: normalization by a mean of 0 and a variance of 1."""
-    zeros, ones = _constants(len(scale), scale.dtype)
+    zeros, ones = (constants(value, len(scale), scale.dtype) for value in (0, 1))
     return torch.native_batch_norm(values, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
-
-
-@lru_cache
-def _constants(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return zeros and ones that nobody writes to; made by NumPy, plain in whatever mode they are first needed."""
-    own = np.float64 if dtype == torch.float64 else np.float32
-    return torch.from_numpy(np.zeros(size, own)), torch.from_numpy(np.ones(size, own))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncbn.backends.torch_ops import accumulation_dtype
 
-MIN_ELEMENTS = 2**18  # below, plain operations are as fast: their calls are fewer
+MIN_ELEMENTS = 2**18  # channels last or compiled; below, calls cost more than the work
 PART_ELEMENTS = 2**20  # 4 MB of float32; smaller parts pay more for calls than they gain in the cache
 MAX_RUN = 1024  # values of a contiguous run; 16 accumulators side by side share it
 MIN_RUN = 16
@@ -148,3 +148,9 @@ def divisors(number: int) -> list[int]:
     """Return all divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
+
+
+@lru_cache
+def constants(value: float, size: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that nobody writes to; made by NumPy, so that it is plain in whatever mode it is first needed."""
+    return torch.from_numpy(np.full(size, value, np.float64 if dtype == torch.float64 else np.float32))
