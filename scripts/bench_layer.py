@@ -27,6 +27,7 @@ from typing import Any
 
 import common
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from common import LOCAL, Traffic
 from matplotlib.figure import Figure
@@ -51,7 +52,15 @@ def candidates(num_features: int) -> dict[str, nn.Module]:
     return separate | {
         "syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu"),
         "syncbn, fused, compiled": syncbn.SyncBatchNorm(num_features, activation="relu"),
+        "syncbn, torch.compile": compiled_layer(num_features),
     }
+
+
+def compiled_layer(num_features: int) -> nn.Module:
+    """Return the layer as `torch.compile` makes it, with this process compiling alone."""
+    torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than this to compile
+    layer: Any = torch.compile(syncbn.SyncBatchNorm(num_features, activation="relu"), fullgraph=True, dynamic=False)
+    return layer
 
 
 def select_backend(name: str) -> None:
