@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed as w
 
 import syncbn  # noqa: E402
 from syncbn.backends import triton_launch  # noqa: E402
-from syncbn.statistics import Fused, Running, Wanted  # noqa: E402
+from syncbn.statistics import Epilogue, OutputMask, Running  # noqa: E402
 
 SHAPES = [
     (32, 64, 112, 112), (128, 64, 56, 56), (32, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7),
@@ -42,7 +42,8 @@ SHAPES = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COPY, TORCH_SYNC, OURS = "copy", "torch SyncBN + ReLU", "ours, fused"
 EPS = 1e-5
-RELU = Fused(activation="relu")
+RELU = Epilogue(activation="relu")
+BOTH_PARAMETERS = OutputMask(weight=True, bias=True, dy=False)
 MAX_ERROR = 1e-4
 FLUSH_BYTES = 2**28
 TENSORS_MOVED = 8  # activations read and written: 3 forward, 5 backward
@@ -164,12 +165,12 @@ def _our_sequence(x: Tensor, grad_output: Tensor) -> Step:
     )
     batches = torch.zeros((), dtype=torch.int64, device=x.device)
     running = Running(running_mean, running_var, batches, 0.1)
-    wanted = Wanted(weight.dtype, bias.dtype, dy=False)
 
     def step() -> tuple[Tensor, Tensor]:
         packed = triton_launch.pack_stats(x, None)
-        y, count, _, channels = triton_launch.normalize(x, packed, weight, bias, RELU, eps=EPS, running=running)
-        return y, triton_launch.backward(grad_output, x, channels, RELU, wanted, count=count)[0]
+        y, count, channels = triton_launch.normalize(x, packed, weight, bias, RELU, eps=EPS, ranks=1, running=running)
+        reduced = triton_launch.backward_reduce(grad_output, x, channels, RELU, BOTH_PARAMETERS)
+        return y, triton_launch.backward_elemt(grad_output, x, channels, RELU, reduced, count=count)
 
     return step
 
@@ -256,7 +257,7 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
     names = ("TILE_ELEMENTS", "TILE_WARPS", "TILE_STAGES")
     chosen = [getattr(triton_launch, name) for name in names]
     steps: dict[str, Step] = {COPY: candidates(x, grad_output, with_compile=False)[COPY]}
-    wanted = Wanted(torch.float32, torch.float32, dy=False)
+    weight, bias = torch.ones(2, x.shape[1], device=x.device).unbind()
     replays: dict[str, Callable[[], Any]] = {}
     try:
         for setting in (None, *TUNED):
@@ -265,14 +266,15 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
                     setattr(triton_launch, name, value)
                 triton_launch.plan.cache_clear()
                 check({"ours": _our_sequence(x, grad_output)}, x, grad_output)
-                count, _, channels = triton_launch.own_stats(x, None, None, None, eps=EPS, running=None)
-                operands = (grad_output, x, channels, RELU, wanted)
-                reduced = triton_launch.backward_reduce(*operands)
+                packed = triton_launch.pack_stats(x, None)
+                count, channels = triton_launch.gather_stats(packed, weight, bias, eps=EPS, ranks=1, running=None)
+                operands = (grad_output, x, channels, RELU)
+                reduced = triton_launch.backward_reduce(*operands, BOTH_PARAMETERS)
                 label = "/".join(map(str, setting))
                 steps = {
                     f"{label} stats": lambda: triton_launch.pack_stats(x, None),
                     f"{label} elemt": lambda c=channels: triton_launch.elemt(x, c, RELU),
-                    f"{label} reduce": lambda o=operands: triton_launch.backward_reduce(*o),
+                    f"{label} reduce": lambda o=operands: triton_launch.backward_reduce(*o, BOTH_PARAMETERS),
                     f"{label} backward elemt": lambda o=operands, r=reduced, n=count: triton_launch.backward_elemt(
                         *o, r, count=n
                     ),

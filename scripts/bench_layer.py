@@ -4,13 +4,13 @@
     python scripts/bench_layer.py --parts layer --rounds 5
     python scripts/bench_layer.py --parts world --ranks 1 2 4 8
 
-- steps: each step of both CPU backends, in units of a copy of the same tensor;
+- ops: each op of both CPU backends, in units of a copy of the same tensor;
 - layer: forward and backward with a ReLU, in units of local BatchNorm2d + ReLU, which synchronizes nothing;
 - world: one layer by number of ranks, how much of it are collectives, and what each rank hands to them.
 
 Each case is checked against the NumPy oracle first. Then all candidates take turns and their medians are compared
 within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
-benchmarks/layer_cpu.csv, steps_cpu.csv and world_cpu.csv; tables in docs/performance.md.
+benchmarks/layer_cpu.csv, ops_cpu.csv and world_cpu.csv; tables in docs/performance.md.
 
 Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781), mean over shapes, in times of local BatchNorm2d + ReLU: one
 process 1.3 (contiguous 1.0, channels last 1.7), compiled 0.6 (0.5 and 0.8); 2 ranks 1.9 and 1.1, where a layer that
@@ -19,7 +19,6 @@ cores.
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +34,13 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn import backends, reference
-from syncbn.statistics import Fused, Wanted
+from syncbn.statistics import Epilogue, OutputMask
 
 SHAPES = [(32, 64, 32, 32), (32, 256, 16, 16), (8, 64, 56, 56), (64, 512, 7, 7)]
 WORLD_SHAPE = (32, 256, 16, 16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CPU = torch.device("cpu")
+COMPILED = "syncbn, torch.compile"
 Shape = tuple[int, ...]
 
 
@@ -51,8 +51,7 @@ def candidates(num_features: int) -> dict[str, nn.Module]:
     }
     return separate | {
         "syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu"),
-        "syncbn, fused, compiled": syncbn.SyncBatchNorm(num_features, activation="relu"),
-        "syncbn, torch.compile": compiled_layer(num_features),
+        COMPILED: compiled_layer(num_features),
     }
 
 
@@ -61,11 +60,6 @@ def compiled_layer(num_features: int) -> nn.Module:
     torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than this to compile
     layer: Any = torch.compile(syncbn.SyncBatchNorm(num_features, activation="relu"), fullgraph=True, dynamic=False)
     return layer
-
-
-def select_backend(name: str) -> None:
-    """Choose the backend that the candidate of this name stands for."""
-    os.environ["SYNCBN_BACKEND"] = "compiled" if name.endswith("compiled") else "auto"
 
 
 def inputs(shape: Shape, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -83,7 +77,6 @@ def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     """
     is_local = name.startswith(LOCAL)
     x_all, grad_all = (part if is_local else common.whole_batch(part) for part in (x, grad_output))
-    select_backend(name)
     leaf = x.detach().requires_grad_()
     y = layer(leaf)
     y.backward(grad_output)
@@ -98,31 +91,29 @@ def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
     layer.zero_grad()
 
 
-def time_steps(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of a copy of x and of each step of a layer with ReLU, on this rank."""
+def time_ops(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of a copy of x and of each op of a layer with ReLU, on this rank."""
     x, grad_output = inputs(shape, layout)
     weight, bias = torch.ones(shape[1]), torch.zeros(shape[1])
     expected = reference.batch_norm(x.double().numpy())
-    relu, wanted = Fused(activation="relu"), Wanted(weight.dtype, bias.dtype, dy=False)
-    own: dict[str, Any] = {"eps": 1e-5, "running": None}
-    steps: dict[str, Callable[[], Any]] = {"copy": lambda: torch.empty_like(x).copy_(x)}
-    for name, backend in (("plain", backends.CPU), ("compiled", backends.COMPILED)):
+    relu, output_mask = Epilogue(activation="relu"), OutputMask(weight=True, bias=True, dy=False)
+    options: dict[str, Any] = {"eps": 0.0, "ranks": 1, "running": None}
+    ops: dict[str, Callable[[], Any]] = {"copy": lambda: torch.empty_like(x).copy_(x)}
+    for name, backend in (("plain", backends.PLAIN), ("auto", backends.select(x))):
         packed = backend.pack_stats(x, None)
-        _, count, var, channels = backend.normalize(x, packed, weight, bias, relu, **own)
-        assert abs(var.numpy() / expected.var - 1).max() < 1e-6
-        operands = (grad_output, x, channels, relu, wanted)
-        reduced = backend.backward_reduce(*operands)
-        steps |= {
+        _, count, channels = backend.normalize(x, packed, weight, bias, relu, **options)
+        assert abs(channels.invstd.numpy() ** -2 / expected.var - 1).max() < 1e-6
+        operands = (grad_output, x, channels, relu)
+        reduced = backend.backward_reduce(*operands, output_mask)
+        ops |= {
             f"{name} pack stats": lambda b=backend: b.pack_stats(x, None),
-            f"{name} normalize": lambda b=backend, p=packed: b.normalize(x, p, weight, bias, relu, **own),
-            f"{name} backward reduce": lambda b=backend, o=operands: b.backward_reduce(*o),
+            f"{name} normalize": lambda b=backend, p=packed: b.normalize(x, p, weight, bias, relu, **options),
+            f"{name} backward reduce": lambda b=backend, o=operands: b.backward_reduce(*o, output_mask),
             f"{name} backward elemt": lambda b=backend, o=operands, r=reduced, n=count: b.backward_elemt(
                 *o, r, count=n
             ),
-            f"{name} one rank, forward": lambda b=backend: b.normalize(x, None, weight, bias, relu, **own),
-            f"{name} one rank, backward": lambda b=backend, o=operands, n=count: b.backward(*o, count=n),
         }
-    return common.in_turns(steps, rounds, CPU)
+    return common.in_turns(ops, rounds, CPU)
 
 
 def time_layers(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
@@ -138,13 +129,14 @@ def time_layers(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[
         layer(x).backward(grad_output)
 
     steps = {name: lambda layer=layer: step(layer) for name, layer in layers.items()}
-    return common.in_turns(steps, rounds, CPU, before=select_backend)
+    return common.in_turns(steps, rounds, CPU)
 
 
 def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     """Return, by candidate: milliseconds of a step, of its collectives, calls and bytes that this rank hands over."""
     x, grad_output = inputs(shape, torch.contiguous_format)
     layers = candidates(shape[1])
+    del layers[COMPILED]  # it calls no functions of torch.distributed that could be counted
     for name, layer in layers.items():
         check(name, layer, x, grad_output)
     x.requires_grad_()
@@ -153,7 +145,6 @@ def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds + 1):
         for name, layer in layers.items():
             x.grad = None
-            select_backend(name)
             with Traffic() as record:
                 times[name].append(common.milliseconds(lambda layer=layer: layer(x).backward(grad_output), CPU))
             traffic[name].append(record)
@@ -223,7 +214,7 @@ def draw(cases: dict[int, list], by_ranks: dict[int, list[dict[str, Any]]], path
     left.invert_yaxis()
     left.axvline(1, color="black", linewidth=0.8)
     left.legend(frameon=False)
-    columns = list(candidates(1))
+    columns = [name for name in candidates(1) if name != COMPILED]
     width = 0.8 / len(columns)
     for index, name in enumerate(columns):
         found = [next(f for f in all_found if f["candidate"] == name) for all_found in by_ranks.values()]
@@ -247,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the parts that were asked for."""
     parser = common.parser(__doc__, "layer_cpu")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--parts", nargs="+", choices=["steps", "layer", "world"], default=["steps", "layer", "world"])
+    parser.add_argument("--parts", nargs="+", choices=["ops", "layer", "world"], default=["ops", "layer", "world"])
     parser.add_argument("--ranks", type=int, nargs="+", help="for layer 1 2, for world 1 2 4 8, unless given")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--shapes", type=common.sizes, nargs="+", default=SHAPES, help="such as 32x64x32x32")
@@ -255,9 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     shapes, rounds, versions = arguments.shapes, arguments.rounds, f"float32, torch {torch.__version__}"
     cases, by_ranks = {}, {}
-    if "steps" in arguments.parts:
-        found = common.on_ranks(1, for_each_case, time_steps, shapes, rounds)
-        report_cases(f"steps, {versions}", found, "copy", arguments.csv.with_name("steps_cpu.csv"), 1)
+    if "ops" in arguments.parts:
+        found = common.on_ranks(1, for_each_case, time_ops, shapes, rounds)
+        report_cases(f"ops, {versions}", found, "copy", arguments.csv.with_name("ops_cpu.csv"), 1)
     if "layer" in arguments.parts:
         for ranks in arguments.ranks or [1, 2]:
             cases[ranks] = common.on_ranks(ranks, for_each_case, time_layers, shapes, rounds)

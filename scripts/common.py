@@ -209,16 +209,11 @@ def in_turns(
     steps: dict[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
-    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, float]:
-    """Return the median milliseconds of each step; all take turns, and a first round warms up.
-
-    `before` is called with the name of the step that follows, outside of its time.
-    """
+    """Return the median milliseconds of each step; all take turns, and a first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
         for name, step in steps.items():
-            before(name)
             duration = milliseconds(step, device)
             if index > 0:
                 times[name].append(duration)

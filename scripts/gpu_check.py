@@ -280,15 +280,12 @@ def backend(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def all_reducing_alone() -> Iterator[None]:
     """Have a group of one rank communicate as if it had two."""
-    modules = (syncbn.function, syncbn.collectives)
-    originals = [module.group_size for module in modules]
-    for module in modules:
-        module.group_size = lambda group: 2
+    original = syncbn.collectives.group_size
+    syncbn.collectives.group_size = lambda group: 2
     try:
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.group_size = original
+        syncbn.collectives.group_size = original
 
 
 def check_capture(make_layer: Callable[[], nn.Module], device: str) -> None:

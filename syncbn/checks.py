@@ -62,20 +62,29 @@ def detect_desync(timeout_s: float | None = None) -> Iterator[None]:
         _detector = outer
 
 
-def announce(x: Tensor, needs_grad: list[bool], process_group: Group) -> Record | None:
-    """Agree with the other ranks on the forward pass of a layer; return its record, None while detection is off."""
+def announce(x: Any, weight: Any, bias: Any, process_group: Group) -> Record | None:
+    """Agree with the other ranks on the forward pass of a layer; return its record, None while detection is off.
+
+    x may be anything: bad input is shown beside that of the other ranks.
+    """
     if _detector is None or torch.compiler.is_compiling() or group_size(process_group) == 1:
         return None
+    operands = {"input": x, "weight": weight, "bias": bias}
+    is_tensor = isinstance(x, Tensor)
     record = {
         "layer": _detector.current_layer(),
         "pass": "forward",
-        "channels": x.shape[1] if x.dim() > 1 else None,
-        "dtype": str(x.dtype).removeprefix("torch."),
+        "channels": x.shape[1] if is_tensor and x.dim() > 1 else None,
+        "dtype": str(x.dtype).removeprefix("torch.") if is_tensor else type(x).__name__,
         "training": True,
-        "needs_grad": [name for name, needs in zip(("input", "weight", "bias"), needs_grad, strict=True) if needs],
+        "needs_grad": [name for name, t in operands.items() if torch.is_grad_enabled() and _needs_grad(t)],
     }
     _detector.agree(record, process_group)
     return record
+
+
+def _needs_grad(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
 def announce_backward(record: Record | None, process_group: Group) -> None:
@@ -84,8 +93,8 @@ def announce_backward(record: Record | None, process_group: Group) -> None:
         _detector.agree({**record, "pass": "backward"}, process_group)
 
 
-def note_evaluation(x: Tensor, process_group: Group) -> None:
-    """Leave word of a call in evaluation, which waits for nobody."""
+def note_evaluation(process_group: Group) -> None:
+    """Record an evaluation call without waiting for peers."""
     if _detector is None or torch.compiler.is_compiling() or group_size(process_group) == 1:
         return
     _detector.note({"layer": _detector.current_layer(), "pass": "forward", "training": False}, process_group)

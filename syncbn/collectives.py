@@ -1,12 +1,19 @@
-"""The only calls that communicate in a training step. A group of one rank never does."""
+"""The only calls that communicate in a training step. A group of one rank never does.
 
+A rank that raises before an all-reduce would leave the others waiting in it. Inside `release_peers` it takes part with
+NaN first, and the others raise as well.
+"""
+
+import math
+import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from syncbn.groups import Group, group_size
+from syncbn import checks
+from syncbn.groups import Group, default_device, group_size
 
 
 def all_reduce_(values: Tensor, process_group: Group) -> Tensor:
@@ -16,9 +23,138 @@ def all_reduce_(values: Tensor, process_group: Group) -> Tensor:
     return values
 
 
-def announce_refusal(num_channels: int, device: torch.device, process_group: Group) -> None:
-    """Take part in the forward all-reduce with NaN in place of statistics, so that no peer waits for this rank."""
-    all_reduce_(torch.full((2 * num_channels + 1,), torch.nan, dtype=torch.float64, device=device), process_group)
+class release_peers:
+    """A block that ends with an all-reduce: an exception before it raises on every rank of the group.
+
+    On CPU the other ranks raise ValueError at once. On an accelerator they go on with NaN, because reading a value
+    would make the host wait for the device.
+
+        with release_peers(process_group, num_features, tensors=(x, weight)) as peers:
+            peers.announce(x, weight, bias)
+            vector = ...  # what raises here raises on all ranks
+            peers.all_reduce_(vector)
+        ...               # what raises here raises on this rank alone
+
+    A second block of the same `layer` within the first one joins it: the forward of a subclass runs before ours.
+
+    Args:
+        process_group: the ranks that enter the block.
+        num_features: C of the vector, which has 2C + 1 numbers; None if unknown, then peers are not released.
+        tensors: some on the device of the vector; of a `layer`, its parameters and buffers are.
+        layer: the module that calls.
+
+    Raises:
+        ValueError: this rank is not a member of `process_group`, on this rank alone; on leaving the block, in place of
+            any other exception than a ValueError in a group of several ranks.
+        DesyncError: with `detect_desync`, ranks differ; on every rank.
+    """
+
+    def __init__(
+        self,
+        process_group: Group,
+        num_features: int | None,
+        *,
+        tensors: tuple[Any, ...] = (),
+        layer: nn.Module | None = None,
+    ) -> None:
+        self.process_group = process_group
+        self.ranks = group_size(process_group)
+        self.num_features = num_features
+        self.tensors = tensors
+        self.layer = layer
+        self.are_waiting = self.ranks > 1
+        self.outer: release_peers | None = None
+        self.record: checks.Record | None = None
+
+    def __enter__(self) -> "release_peers":
+        if self.ranks == 1 or torch.compiler.is_compiling():
+            return self
+        blocks = _open_blocks()
+        same = (block for block in blocks if self.layer is not None and block.layer is self.layer and block.are_waiting)
+        self.outer = next(same, None)
+        blocks.append(self)
+        return self if self.outer is None else self.outer
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.ranks == 1 or torch.compiler.is_compiling():
+            return
+        _open_blocks().pop()
+        if self.outer is not None or not self.are_waiting or not isinstance(error, Exception):
+            return
+        if isinstance(error, checks.DesyncError):  # every rank raises it
+            return
+        self._refuse(error)
+        if not isinstance(error, ValueError):
+            raise ValueError(
+                f"expected every rank of the group to reach the all-reduce of {self._name()}, got on this one "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def announce(self, x: Any, weight: Any, bias: Any) -> None:
+        """With `detect_desync`, agree with the other ranks on this forward pass."""
+        if self.record is None:
+            self.record = checks.announce(x, weight, bias, self.process_group)
+
+    def announce_backward(self, record: checks.Record | None) -> None:
+        """With `detect_desync`, agree with the other ranks on the backward pass of a forward pass that was recorded."""
+        checks.announce_backward(record, self.process_group)
+
+    def all_reduce_(self, values: Tensor) -> Tensor:
+        """Sum `values`, (2C + 1,) float64, over the ranks of the group, in place, and return it.
+
+        Raises:
+            ValueError: another rank has refused, and the values are on CPU.
+        """
+        self.are_waiting = False
+        all_reduce_(values, self.process_group)
+        self._check(values)
+        return values
+
+    def differentiable_all_reduce(self, values: Tensor) -> Tensor:
+        """Return the same as a differentiable function of `values`, which stay as they are."""
+        self.are_waiting = False
+        total: Tensor = AllReduce.apply(values, self.process_group)
+        self._check(total.detach())
+        return total
+
+    def _check(self, values: Tensor) -> None:
+        if self.ranks > 1 and is_readable(values) and math.isnan(values.numpy()[0]):
+            raise ValueError(
+                "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
+            )
+
+    def _name(self) -> str:
+        return "sync_batch_norm" if self.layer is None else type(self.layer).__name__
+
+    def _refuse(self, error: Exception) -> None:
+        """Take part in the all-reduce with NaN; if that fails, say so in a note to the error."""
+        self.are_waiting = False
+        if self.num_features is None:
+            reasons = ["the number of channels is not known"]
+        else:
+            reasons = []
+            for device in self._devices():
+                try:
+                    size = 2 * self.num_features + 1
+                    all_reduce_(torch.full((size,), torch.nan, dtype=torch.float64, device=device), self.process_group)
+                    return
+                except Exception as failure:
+                    reasons.append(f"on {device}: {failure}")
+        error.add_note(f"The other ranks of the group were not told and may wait for this one ({'; '.join(reasons)}).")
+
+    def _devices(self) -> list[torch.device]:
+        """Return where the vector may have to be: accelerators first, since what is not moved there is on CPU."""
+        tensors: list[Any] = list(self.tensors)
+        if self.layer is not None:
+            tensors += [*self.layer.parameters(), *self.layer.buffers()]
+        devices = [tensor.device for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_meta]
+        devices = list(dict.fromkeys([*devices, default_device(self.process_group)]))
+        return sorted(devices, key=lambda device: device.type == "cpu")
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return whether the host can look at the values without waiting for a device, and they are not a tracer's."""
+    return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
 
 
 class AllReduce(torch.autograd.Function):
@@ -34,3 +170,14 @@ class AllReduce(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         """Return the sum over the ranks of `grad_output`."""
         return AllReduce.apply(grad_output, ctx.process_group), None
+
+
+_local = threading.local()
+
+
+def _open_blocks() -> list[release_peers]:
+    """Return the blocks that this thread is in, the innermost last."""
+    if not hasattr(_local, "blocks"):
+        _local.blocks = []
+    blocks: list[release_peers] = _local.blocks
+    return blocks

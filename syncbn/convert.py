@@ -5,6 +5,7 @@ stay as they are, and the way back restores the class exactly.
 """
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -16,8 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from syncbn import groups
-from syncbn.functional import is_recomputing, sync_batch_norm
+from syncbn.collectives import release_peers
+from syncbn.functional import is_recomputing, normalize_over_group
 from syncbn.module import BatchNorm, SyncBatchNorm
+from syncbn.statistics import Running
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -143,11 +146,11 @@ def _is_within_reach(plain_class: Any) -> bool:
 
 
 class _SyncedFunctional(TorchFunctionMode):
-    """Within it, torch's batch_norm functions in training are ours, over the process group of `layer`."""
+    """Within it, torch's batch_norm functions in training are ours, over the group of the block `peers`."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, peers: release_peers) -> None:
         super().__init__()
-        self.layer = layer
+        self.peers = peers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -171,16 +174,18 @@ class _SyncedFunctional(TorchFunctionMode):
         """Do what torch.nn.functional.batch_norm with these arguments would, over the group in training."""
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return sync_batch_norm(
+        has_both = running_mean is not None and running_var is not None
+        return normalize_over_group(
+            self.peers,
             input,
-            running_mean,
-            running_var,
             weight,
             bias,
-            training=True,
-            momentum=momentum,
+            residual=None,
+            mask=None,
+            activation="identity",
+            num_features=self.peers.num_features,
             eps=eps,
-            process_group=self.layer.process_group,
+            running=Running(running_mean, running_var, None, momentum) if has_both else None,  # type: ignore[arg-type]
         )
 
     def native(
@@ -206,13 +211,17 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     What it calls as `super().forward()` is then that of SyncBatchNorm; what it calls as `batch_norm` is intercepted.
     """
 
+    calls_functional = any("batch_norm" in names for names in _own_forwards(plain_class))
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
         tracked = self.num_batches_tracked.clone() if is_recomputing() and self.track_running_stats else None
         try:
-            with _SyncedFunctional(self):
-                return plain_class.forward(self, *args, **kwargs)
+            with release_peers(self.process_group, self.num_features, layer=self) as peers:
+                peers.announce(args[0] if args else None, self.weight, self.bias)
+                with _SyncedFunctional(peers) if calls_functional else nullcontext():
+                    return plain_class.forward(self, *args, **kwargs)
         finally:  # a recomputation ends by an exception, as soon as it has what it needs
             if tracked is not None:
                 self.num_batches_tracked.copy_(tracked)
@@ -220,9 +229,7 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # the class has no module to be found in
         return _rebuild, (plain_class,), self.__getstate__()
 
-    members: dict[str, Any] = {"__reduce_ex__": reduce}
-    if any("batch_norm" in names for names in _own_forwards(plain_class)):
-        members["forward"] = forward
+    members: dict[str, Any] = {"__reduce_ex__": reduce, "forward": forward}
     return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), members)
 
 

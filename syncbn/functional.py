@@ -1,17 +1,16 @@
-"""sync_batch_norm: argument checks that every rank survives, then the autograd Function."""
+"""sync_batch_norm: argument checks, then the autograd Function, in a block where an error reaches every rank."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import backends, checks, collectives
 from syncbn.activations import ACTIVATIONS, check_activation
-from syncbn.backends.torch_ops import hide
+from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
-from syncbn.groups import Group, group_size
-from syncbn.statistics import Running, advance_
+from syncbn.groups import Group
+from syncbn.statistics import Running, apply_mask
 
 
 def sync_batch_norm(
@@ -56,37 +55,29 @@ def sync_batch_norm(
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
     """
-    known = next((tensor for tensor in (weight, running_mean, bias) if tensor is not None), None)
+    tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
+    known = next((tensor for tensor in tensors.values() if isinstance(tensor, Tensor)), None)
     num_features = None if known is None else known.numel()
-
-    def check() -> None:
-        check_activation(activation)
-        check_input(input, num_features=num_features, parameter=known, residual=residual, mask=mask)
-        _check_per_channel(num_features, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-
+    epilogue: dict[str, Any] = {"residual": residual, "mask": mask, "activation": activation}
     if not training:
-        check()
-        y = F.batch_norm(hide(input, mask), running_mean, running_var, weight, bias, False, momentum, eps)
-        return finish(y, residual=residual, mask=mask, activation=activation)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = Running(running_mean, running_var, None, momentum)
-    return normalize(
-        input,
-        weight,
-        bias,
-        residual=residual,
-        mask=mask,
-        activation=activation,
-        check=check,
-        num_features=num_features,
-        eps=eps,
-        process_group=process_group,
-        running=running,
-    )
+        check_activation(activation)
+        _check_per_channel(num_features, tensors)
+        return evaluate(input, running_mean, running_var, weight, bias, num_features=num_features, eps=eps, **epilogue)
+    channels = _num_channels(input) if num_features is None else num_features
+    with release_peers(process_group, channels, tensors=(known, input)) as peers:
+        peers.announce(input, weight, bias)
+        check_activation(activation)
+        _check_per_channel(num_features, tensors)
+        running = None
+        if running_mean is not None and running_var is not None:
+            running = Running(running_mean, running_var, None, momentum)
+        return normalize_over_group(
+            peers, input, weight, bias, num_features=num_features, eps=eps, running=running, **epilogue
+        )
 
 
-def normalize(
+def normalize_over_group(
+    peers: release_peers,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -94,56 +85,57 @@ def normalize(
     residual: Tensor | None,
     mask: Tensor | None,
     activation: str,
-    check: Callable[[], None],
     num_features: int | None,
     eps: float,
-    process_group: Group,
     running: Running | None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Return x normalized over the group, and move the running statistics.
+    """Return `activation(temperature * bn(x) + residual)` over the group of `peers`; move the running statistics.
 
     Args:
-        check: raises ValueError for arguments that do not fit; this rank then still releases its peers.
-        num_features: C where it is known without x.
+        peers: the block that this call stands in.
+        num_features: C if it is known without x.
         running: moved in place, but not while a checkpoint recomputes.
 
     Raises:
         ValueError: as `sync_batch_norm`.
-        DesyncError: with `detect_desync`, ranks differ; on every rank.
     """
-    differentiable = torch.is_grad_enabled()
-    needs_grad = [differentiable and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
-    record = checks.announce(x, needs_grad, process_group)
-    try:
-        check()
-        updates_running = backends.select(x).updates_running
-    except Exception:
-        channels = num_features if num_features is not None else x.shape[1] if x.dim() > 1 else 0
-        collectives.announce_refusal(channels, x.device if weight is None else weight.device, process_group)
-        raise
-    at_most_one = mask is None and x.numel() // x.shape[1] <= 1
-    if at_most_one and x.numel() > 0 and group_size(process_group) == 1:
-        _raise_on_every_rank(1, x, process_group)
-    running = None if is_recomputing() else running
-    is_fused = updates_running and running is not None and running.mean.is_contiguous() and running.var.is_contiguous()
-    y, count, mean, var = SyncBatchNormFunction.apply(
-        x, weight, bias, residual, mask, eps, activation, process_group, record, running if is_fused else None
-    )
-    if torch.compiler.is_compiling():
-        count, mean, var = count.detach(), mean.detach(), var.detach()  # torch 2.11 takes them for differentiable
-    if _may_read(count, needs_to=at_most_one):
-        _raise_on_every_rank(float(count.cpu().numpy()), x, process_group)  # who records operations refuses item()
-    if running is not None and not is_fused:
-        advance_(running, count=count, mean=mean, var=var)
+    parameter = _first(weight, None if running is None else running.mean, bias)
+    check_input(x, num_features=num_features, parameter=parameter, residual=residual, mask=mask)
+    weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
+    moved = (None, None, None, None) if running is None or is_recomputing() else running
+    y: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
     return y
 
 
-def finish(y: Tensor, *, residual: Tensor | None, mask: Tensor | None, activation: str) -> Tensor:
-    """Return what follows normalization in evaluation, in operations that every exporter knows."""
+def evaluate(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    num_features: int | None,
+    eps: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the same from running statistics, in operations that every exporter knows; nothing communicates.
+
+    Raises:
+        ValueError: an argument does not fit; on this rank alone.
+    """
+    parameter = _first(weight, running_mean, bias)
+    check_input(x, num_features=num_features, parameter=parameter, residual=residual, mask=mask)
+    weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
+    if running_mean is not None:  # FSDP casts parameters and not buffers; torch wants them alike
+        weight, bias = (p if p is None else p.to(running_mean.dtype) for p in (weight, bias))
+    y = F.batch_norm(apply_mask(x, mask), running_mean, running_var, weight, bias, False, 0.0, eps)
     if residual is not None:
-        y = y + hide(residual, mask)
-    y = ACTIVATIONS[activation].apply(y)
-    return hide(y, mask)
+        y = y + apply_mask(residual, mask)
+    return apply_mask(ACTIVATIONS[activation].apply(y), mask)
 
 
 def is_recomputing() -> bool:
@@ -168,6 +160,12 @@ def check_input(
     Raises:
         ValueError: on this rank alone; what must hold, what came and what to do.
     """
+    for name, tensor in (("input", x), ("residual", residual), ("mask", mask)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "input"):
+            raise ValueError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}: pass one tensor")
+        if tensor is not None and (tensor.layout != torch.strided or tensor.is_nested):
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise ValueError(f"expected {name} to be a dense tensor, got {kind}: convert it, or pad it and pass a mask")
     if torch.jit.is_tracing():  # sizes are tensors there, and a branch on them would be frozen in
         return
     channels = "C" if num_features is None else num_features
@@ -201,8 +199,14 @@ def check_input(
         _check_mask(mask, x)
 
 
-def _check_per_channel(num_features: int | None, **tensors: Tensor | None) -> None:
+def _first(*tensors: Tensor | None) -> Tensor | None:
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def _check_per_channel(num_features: int | None, tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"expected {name} to be a torch.Tensor or None, got {type(tensor).__name__}")
         if tensor is not None and tensor.shape != (num_features,):
             raise ValueError(f"expected {name} of shape ({num_features},), got {tuple(tensor.shape)}")
 
@@ -232,26 +236,19 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
         )
 
 
-def _may_read(count: Tensor, *, needs_to: bool) -> bool:
-    """Return whether to look at the total count, which on an accelerator makes the host wait for it.
+def _scaled(
+    weight: Tensor | None, bias: Tensor | None, temperature: float, like: Tensor, num_channels: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias times the temperature: temperature * bn(x) for the price of 2C multiplications."""
+    if temperature == 1:
+        return weight, bias
+    if weight is None and bias is None:
+        return like.new_full((num_channels,), temperature), None
+    weight = like.new_full((num_channels,), temperature) if weight is None else weight * temperature
+    return weight, None if bias is None else bias * temperature
 
-    A rank with two values per channel or more knows that the total is not 1; only the others have to look.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if count.device.type == "cpu":
-        return type(count) is Tensor  # not one without data, as tracers use
-    return needs_to and not (count.is_cuda and torch.cuda.is_current_stream_capturing())
 
-
-def _raise_on_every_rank(count: float, x: Tensor, process_group: Group) -> None:
-    if count != count:
-        raise ValueError(
-            "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
-        )
-    if count == 1:
-        raise ValueError(
-            f"expected more than 1 value per channel when training, got 1 over all "
-            f"{group_size(process_group)} ranks (here: input of shape {tuple(x.shape)}): "
-            "use a larger batch, or call .eval()"
-        )
+def _num_channels(x: Any) -> int | None:
+    """Return C as far as an input that may not fit tells it: the vectors of all ranks have one length."""
+    shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
+    return shape[1] if len(shape) > 1 else shape[0] if len(shape) == 1 else None

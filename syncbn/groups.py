@@ -1,8 +1,9 @@
-"""Process groups: which ranks share statistics, how to make such groups, how a pickled module finds its own again."""
+"""Process groups: which ranks share statistics, how to make such groups, how an unpickled module recovers its group."""
 
 import os
 from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 LOCAL: Literal["local"] = "local"  # in place of a group: this rank alone
@@ -84,6 +85,11 @@ def group_size(process_group: Group) -> int:
             "give every rank the group it is a member of"
         )
     return size
+
+
+def default_device(process_group: Any) -> torch.device:
+    """Return a device whose tensors the backend of the group can send."""
+    return torch.device("cuda") if dist.get_backend(process_group) == "nccl" else torch.device("cpu")
 
 
 def reference_to(process_group: Any) -> Any:

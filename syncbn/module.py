@@ -5,14 +5,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import groups
 from syncbn.activations import check_activation
-from syncbn.backends.torch_ops import hide
 from syncbn.checks import note_evaluation
-from syncbn.functional import check_input, finish, normalize
+from syncbn.collectives import release_peers
+from syncbn.functional import evaluate, normalize_over_group
 from syncbn.groups import LOCAL, Group
 from syncbn.statistics import Running
 
@@ -66,32 +65,21 @@ class BatchNorm(_BatchNorm):
             mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
         """
 
-        def check() -> None:
-            self._check_input_dim(input)
-            parameter = self.running_mean if weight is None else weight
-            check_input(input, num_features=self.num_features, parameter=parameter, residual=residual, mask=mask)
-
-        weight, bias = self._scaled_parameters(input)
+        epilogue: dict[str, Any] = {"residual": residual, "mask": mask, "activation": self.activation}
+        options: dict[str, Any] = {
+            "num_features": self.num_features, "eps": self.eps, "temperature": self.temperature
+        }  # fmt: skip
         if not self.training and self.running_mean is not None:
-            check()
-            note_evaluation(input, self._group())
-            # FSDP casts parameters and not buffers; torch wants them alike.
-            weight, bias = (p if p is None else p.to(self.running_mean.dtype) for p in (weight, bias))
-            y = F.batch_norm(hide(input, mask), self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-            return finish(y, residual=residual, mask=mask, activation=self.activation)
-        return normalize(
-            input,
-            weight,
-            bias,
-            residual=residual,
-            mask=mask,
-            activation=self.activation,
-            check=check,
-            num_features=self.num_features,
-            eps=self.eps,
-            process_group=self._group() if self.training else LOCAL,
-            running=self._running() if self.training and self.track_running_stats else None,
-        )
+            self._check_input_dim(input)
+            note_evaluation(self._group())
+            return evaluate(input, self.running_mean, self.running_var, self.weight, self.bias, **epilogue, **options)
+        group = self._group() if self.training else LOCAL
+        with release_peers(group, self.num_features, layer=self) as peers:
+            weight, bias = self.weight, self.bias
+            peers.announce(input, weight, bias)
+            self._check_input_dim(input)
+            running = self._running() if self.training and self.track_running_stats else None
+            return normalize_over_group(peers, input, weight, bias, running=running, **epilogue, **options)
 
     def reset_parameters(self) -> None:
         """Set running statistics to those of no data, weight to 1 and bias to 0."""
@@ -110,22 +98,12 @@ class BatchNorm(_BatchNorm):
     def _group(self) -> Group:
         return LOCAL
 
-    def _scaled_parameters(self, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight and bias times the temperature: temperature * bn(x) for the price of 2C multiplications."""
-        weight, bias = self.weight, self.bias
-        if self.temperature == 1:
-            return weight, bias
-        if weight is not None:
-            return weight * self.temperature, None if bias is None else bias * self.temperature
-        like = input if self.running_mean is None else self.running_mean
-        return like.new_full((self.num_features,), self.temperature), None
-
     def _running(self) -> Running | None:
         mean, var = self.running_mean, self.running_var  # once: a module looks up its tensors slowly
         return None if mean is None or var is None else Running(mean, var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # any number; check_input wants two at least
+        pass  # any number; `check_input` wants two at least
 
 
 class SyncBatchNorm(BatchNorm):
@@ -206,5 +184,5 @@ class SyncBatchNorm(BatchNorm):
         return self.process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if self.unsynced_class is not None:
+        if self.unsynced_class is not None and isinstance(input, Tensor):
             self.unsynced_class._check_input_dim(self, input)  # a former BatchNorm2d still wants (N, C, H, W)

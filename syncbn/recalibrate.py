@@ -137,7 +137,7 @@ def _observed(layers: list[Any], sums: dict[int, Tensor]) -> Iterator[None]:
     def observe(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         mask = args[2] if len(args) > 2 else kwargs.get("mask")
-        packed = backends.select(x).pack_stats(x, mask)
+        packed = backends.select(x, mask).pack_stats(x, mask)
         sums[index] = sums[index] + packed if index in sums else packed
 
     handles = [

@@ -1,4 +1,8 @@
-"""The contract of a backend's steps against the oracle: for pytest, and for `scripts/gpu_check.py` on CUDA."""
+"""The contract of a backend's ops against the oracle: for pytest, and for `scripts/gpu_check.py` on CUDA.
+
+`check_training_step` builds a batch, runs the four ops on each part of it as the ranks of a group would, and compares
+the results with the oracle on the whole batch.
+"""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +12,7 @@ import torch
 import syncbn
 from syncbn import reference
 from syncbn.backends import Backend
-from syncbn.statistics import Fused, Running, Wanted, advance_
+from syncbn.statistics import Epilogue, OutputMask, Reduced, Running, match_layout, unpack_sums
 
 EPS = 1e-5
 ACTIVATIONS = {  # function and derivative, in NumPy
@@ -30,7 +34,7 @@ class Case(NamedTuple):
     mean: float = 5.0  # of x; the standard deviation is 1
     affine: bool = True
     momentum: float | None = 0.1
-    split: tuple[int, ...] | None = None  # sizes of the batches of several ranks; None: one rank
+    split: tuple[int, ...] = ()  # sizes of the batches of several ranks; none: one rank
 
     def __str__(self) -> str:
         """Return the shape and what differs from the default."""
@@ -78,108 +82,184 @@ def in_layout(tensor: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
 
 
+class Batch(NamedTuple):
+    """Operands of a training step on the whole batch."""
+
+    x: torch.Tensor  # NaN where masked
+    grad_output: torch.Tensor
+    residual: torch.Tensor | None
+    mask: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    running: Running
+
+
+class Results(NamedTuple):
+    """Results of a training step, by rank where ranks differ."""
+
+    xs: list[torch.Tensor]
+    ys: list[torch.Tensor]
+    grad_inputs: list[torch.Tensor]
+    reduced: list[Reduced]
+    sums: torch.Tensor
+    count: torch.Tensor
+    mean: torch.Tensor
+    invstd: torch.Tensor
+
+
 def check_training_step(backend: Backend, case: Case, device: str = "cpu") -> None:
-    """Take the steps of forward and backward on the parts of a batch; compare with the oracle on the whole of it."""
+    """Take the ops of forward and backward on the parts of a batch; compare with the oracle on the whole of it."""
+    batch = build(case, device)
+    expected = expected_of(case, batch)
+    compare(case, batch, run(backend, case, batch), expected)
+
+
+def build(case: Case, device: str) -> Batch:
+    """Return random operands of a case."""
     generator = torch.Generator().manual_seed(0)
     N, C = case.shape[:2]
-    tensors = torch.randn(3, *case.shape, generator=generator) + torch.tensor([case.mean, 0, 0]).view(
-        3, *[1] * len(case.shape)
+    x, grad_output, residual = torch.randn(3, *case.shape, generator=generator)
+    x, grad_output, residual = (
+        in_layout(tensor.to(device, case.dtype), channels_last=case.channels_last)
+        for tensor in (x + case.mean, grad_output, residual)
     )
-    x, grad_output, residual = (in_layout(t.to(device, case.dtype), channels_last=case.channels_last) for t in tensors)
-    weight, bias = torch.randn(2, C, generator=generator).to(torch.promote_types(case.dtype, torch.float32))
-    mask = torch.rand(N, 1, *case.shape[2:], generator=generator) < 0.7
-    valid = mask.flatten().numpy() if case.mask else np.ones(x.numel() // C, bool)
-    expected = _expected(case, rows(x), rows(grad_output), rows(residual), weight.numpy(), bias.numpy(), valid)
-    if case.mask:  # masked positions may hold anything
-        x = torch.where(mask.to(device), x, torch.nan)
+    dtype = torch.promote_types(case.dtype, torch.float32)
+    weight, bias = torch.randn(2, C, generator=generator).to(device, dtype)
+    mask = (torch.rand(N, 1, *case.shape[2:], generator=generator) < 0.7).to(device)
+    zeros, ones = (torch.full((C,), value, dtype=dtype, device=device) for value in (0, 1))
+    return Batch(
+        in_layout(torch.where(mask, x, torch.nan), channels_last=case.channels_last) if case.mask else x,
+        grad_output,
+        residual if case.residual else None,
+        mask if case.mask else None,
+        weight if case.affine else None,
+        bias if case.affine else None,
+        Running(zeros, ones, torch.tensor(3, device=device), case.momentum),
+    )
 
-    zeros, ones = (torch.full((C,), value, dtype=weight.dtype, device=device) for value in (0, 1))
-    running = Running(zeros, ones, torch.tensor(3, device=device), case.momentum)
-    parameters = (weight.to(device), bias.to(device)) if case.affine else (None, None)
-    parts = [slice(0, N)]
-    if case.split is not None:
-        ends = np.cumsum((0, *case.split))
-        parts = [slice(*pair) for pair in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
-    masks = [mask[part].to(device) if case.mask else None for part in parts]
-    xs = [in_layout(x[part], channels_last=case.channels_last) for part in parts]
-    fuseds = [
-        Fused(residual[part] if case.residual else None, mask, case.activation)
-        for part, mask in zip(parts, masks, strict=True)
+
+def run(backend: Backend, case: Case, batch: Batch) -> Results:
+    """Take the four ops on each part of the batch, with sums over the parts in place of all-reduces."""
+    sizes = case.split or case.shape[:1]
+    parts = [
+        slice(start, start + size) for start, size in zip(np.cumsum((0, *sizes[:-1])).tolist(), sizes, strict=True)
     ]
-    packed = None
-    if case.split is not None:
-        packed = sum(backend.pack_stats(x, mask) for x, mask in zip(xs, masks, strict=True))
+    xs = [in_layout(batch.x[part], channels_last=case.channels_last) for part in parts]
+    epilogues = [
+        Epilogue(
+            *(None if tensor is None else tensor[part] for tensor in (batch.residual, batch.mask)), case.activation
+        )
+        for part in parts
+    ]
+    packed = sum(backend.pack_stats(x, epilogue.mask) for x, epilogue in zip(xs, epilogues, strict=True))
     ys = []
-    for x, fused in zip(xs, fuseds, strict=True):  # the first rank's running statistics are looked at
-        y, count, var, channels = backend.normalize(
-            x, packed, *parameters, fused, eps=EPS, running=None if ys else running
+    for x, epilogue in zip(xs, epilogues, strict=True):
+        own = None if ys else batch.running  # those of the first rank are looked at
+        y, count, channels = backend.normalize(
+            x, packed, batch.weight, batch.bias, epilogue, eps=EPS, ranks=len(xs), running=own
         )
         ys.append(y)
-    if not backend.updates_running:
-        advance_(running, count=count, mean=channels.mean, var=var)
-    grads = [backend.match_layout(grad_output[part], x) for part, x in zip(parts, xs, strict=True)]
-    dtype = weight.dtype if case.affine else None
-    wanted = Wanted(dtype, dtype, case.needs_dy)
-    if case.split is None:
-        own = backend.backward(grads[0], x, channels, fused, wanted, count=count)
-        grad_inputs, reduced, sums = [own.grad_input], [own], None
-    else:
-        operands = list(zip(grads, xs, [channels] * len(xs), fuseds, strict=True))
-        reduced = [backend.backward_reduce(*operand, wanted) for operand in operands]
-        sums = sum(part.sums for part in reduced)
-        grad_inputs = [
-            backend.backward_elemt(*operand, wanted, own._replace(sums=sums), count=count)
-            for operand, own in zip(operands, reduced, strict=True)
-        ]
+    output_mask = OutputMask(case.affine, case.affine, case.needs_dy)
+    grads = [match_layout(batch.grad_output[part], x) for part, x in zip(parts, xs, strict=True)]
+    operands = [(grad, x, channels, epilogue) for grad, x, epilogue in zip(grads, xs, epilogues, strict=True)]
+    reduced = [backend.backward_reduce(*operand, output_mask) for operand in operands]
+    sums = sum(own.sums for own in reduced)
+    grad_inputs = [
+        backend.backward_elemt(*operand, own._replace(sums=sums), count=count)
+        for operand, own in zip(operands, reduced, strict=True)
+    ]
+    return Results(xs, ys, grad_inputs, reduced, sums, count, channels.mean, channels.invstd)
 
-    accumulated = 200 * torch.finfo(weight.dtype).eps
+
+def compare(case: Case, batch: Batch, results: Results, expected: dict[str, Any]) -> None:
+    """Compare every result with the oracle's; tolerances follow from the dtype."""
+    valid, smooth = expected["valid"], expected["smooth"]
+    accumulated = 200 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
     unit = torch.finfo(case.dtype).eps
+    largest_dy = np.abs(expected["dy"]).max()
     # dy is rounded on its way, unless it is grad_output or 0
-    rounding = 0 if case.activation in ("identity", "relu") else unit * np.abs(expected["dy"]).max()
-    assert count.item() == valid.sum()
-    np.testing.assert_allclose(channels.mean.cpu(), expected["mean"], rtol=accumulated)
-    np.testing.assert_allclose(var.cpu(), expected["var"], rtol=accumulated)
-    np.testing.assert_allclose(running.mean.cpu(), expected["running"].running_mean, rtol=accumulated)
-    np.testing.assert_allclose(running.var.cpu(), expected["running"].running_var, rtol=accumulated)
-    assert running.num_batches_tracked.item() == expected["running"].num_batches_tracked
-    slack = expected["kinks"] * np.abs(expected["dy"]).max()  # values at a kink, where rounding decides
+    rounding = 0 if case.activation in ("identity", "relu") else unit * largest_dy
+    slack = (~smooth).sum() * largest_dy  # values at a kink, where rounding decides
+
+    assert results.count.item() == valid.sum()
+    invstd = 1 / np.sqrt(expected["var"] + EPS)
+    running = {f"running {name}": getattr(batch.running, name) for name in ("mean", "var")}
+    for name, actual, wanted in (
+        ("mean", results.mean, expected["mean"]),
+        ("invstd", results.invstd, invstd),
+        ("running mean", running["running mean"], expected["running"].running_mean),
+        ("running var", running["running var"], expected["running"].running_var),
+    ):
+        np.testing.assert_allclose(actual.cpu(), wanted, rtol=accumulated, err_msg=name)
+    assert batch.running.num_batches_tracked.item() == expected["running"].num_batches_tracked
+
     atol = 100 * accumulated + rounding * np.sqrt(len(valid)) + 6 * slack
-    if sums is not None:
-        np.testing.assert_allclose(sums[:C].cpu(), expected["grad_bias"], atol=atol)
-        np.testing.assert_allclose((sums[C:] * channels.invstd).cpu(), expected["grad_weight"], atol=atol)
-    if case.affine:
-        for name in ("grad_weight", "grad_bias"):
-            total = sum(getattr(part, name) for part in reduced)
-            np.testing.assert_allclose(total.cpu(), expected[name], atol=atol, err_msg=name)
-    found = {"y": ys, "grad_input": grad_inputs} | ({"dy": [part.dy for part in reduced]} if case.needs_dy else {})
-    scale = np.abs(expected["scale"]).max()
-    for name, tensors_of_parts in found.items():
-        actual = np.concatenate([rows(tensor) for tensor in tensors_of_parts])
-        tolerance, smooth = accumulated, np.ones_like(expected["smooth"])
+    sum_dy, sum_dy_xmu = unpack_sums(results.sums)
+    assert results.sums[0] == 0
+    np.testing.assert_allclose(sum_dy.cpu(), expected["grad_bias"], atol=atol)
+    np.testing.assert_allclose((sum_dy_xmu * results.invstd).cpu(), expected["grad_weight"], atol=atol)
+    for name in ("grad_weight", "grad_bias"):
+        own = [getattr(part, name) for part in results.reduced]
+        if case.affine:
+            np.testing.assert_allclose(sum(own).cpu(), expected[name], atol=atol, err_msg=name)
+        else:
+            assert own == [None] * len(own)
+
+    found = {"y": results.ys, "grad_input": results.grad_inputs}
+    found |= {"dy": [part.dy for part in results.reduced]} if case.needs_dy else {}
+    for name, tensors in found.items():
+        actual = np.concatenate([rows(tensor) for tensor in tensors])
+        tolerance, compared = accumulated, np.ones_like(smooth)
         if name != "y":
-            tolerance += (2 * rounding + 12 * slack / len(valid)) * max(scale, 1)
-            smooth = expected["smooth"]
+            tolerance += (2 * rounding + 12 * slack / len(valid)) * max(np.abs(expected["scale"]).max(), 1)
+            compared = smooth
         np.testing.assert_allclose(
-            actual[valid][smooth], expected[name][smooth], rtol=unit, atol=tolerance, err_msg=name
+            actual[valid][compared], expected[name][compared], rtol=unit, atol=tolerance, err_msg=name
         )
         assert (actual[~valid] == 0).all(), name
-        for tensor, x in zip(tensors_of_parts, xs, strict=True):
+        for tensor, x in zip(tensors, results.xs, strict=True):
             assert tensor.dtype == case.dtype
             assert x.numel() == 0 or tensor.stride() == x.stride(), name
 
 
+def expected_of(case: Case, batch: Batch) -> dict[str, Any]:
+    """Return the oracle's results for the whole batch, in rows of the valid positions."""
+    function, derivative = ACTIVATIONS[case.activation]
+    x, grad_output = rows(batch.x), rows(batch.grad_output)
+    valid = np.ones(len(x), bool) if batch.mask is None else batch.mask.flatten().cpu().numpy()
+    weight, bias = (None if p is None else p.double().cpu().numpy() for p in (batch.weight, batch.bias))
+    forward = reference.batch_norm(x[valid], weight=weight, bias=bias, eps=EPS)
+    z = forward.output + (0 if batch.residual is None else rows(batch.residual)[valid])
+    dy = grad_output[valid] * derivative(z)
+    gradients = reference.batch_norm_backward(dy, x[valid], weight=weight, eps=EPS)
+    C = x.shape[1]
+    running = reference.update_running_stats(
+        reference.RunningStats(np.zeros(C), np.ones(C), 3),
+        mean=forward.mean, var=forward.var, count=forward.count, momentum=case.momentum,
+    )  # fmt: skip
+    return {
+        "valid": valid,
+        "smooth": np.abs(z) > (1e-5 if case.activation in ("relu", "leaky_relu") else -1),
+        "mean": forward.mean, "var": forward.var, "running": running,
+        "scale": forward.invstd * (1 if weight is None else weight),
+        "y": function(z), "dy": dy, **gradients._asdict(),
+    }  # fmt: skip
+
+
 def check_variance(backend: Backend, mean: float, std: float, shape: tuple[int, ...], device: str = "cpu") -> float:
-    """Return the largest relative error of the variance of float32 data, over channels and both layouts."""
+    """Return the largest relative error of the variance of float32 data, over channels, layouts and 1 or 2 ranks."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean).float()
     expected = rows(x).var(0)
     errors = []
     for channels_last in (False, True):
         own = in_layout(x.to(device), channels_last=channels_last)
-        packed = sum(backend.pack_stats(own[part], None) for part in (slice(0, 1), slice(1, None)))
-        for vector in (None, packed):
-            _, _, var, _ = backend.normalize(own, vector, None, None, Fused(), eps=0.0, running=None)
-            errors.append(np.abs(var.cpu().numpy() / expected - 1).max())
+        for parts in ((slice(None),), (slice(0, 1), slice(1, None))):
+            packed = sum(backend.pack_stats(own[part], None) for part in parts)
+            _, _, channels = backend.normalize(
+                own, packed, None, None, Epilogue(), eps=0.0, ranks=len(parts), running=None
+            )
+            errors.append(np.abs(channels.invstd.cpu().numpy() ** -2 / expected - 1).max())
     return float(max(errors))
 
 
@@ -226,27 +306,3 @@ def compare_layers(actual: dict[str, dict[str, torch.Tensor]], expected: dict[st
             torch.testing.assert_close(
                 actual[name][key], value, rtol=1e-5, atol=2e-5, msg=lambda text, at=(name, key): f"{at}: {text}"
             )
-
-
-def _expected(
-    case: Case, x: np.ndarray, grad_output: np.ndarray, residual: np.ndarray, weight: Any, bias: Any, valid: np.ndarray
-) -> dict[str, Any]:
-    function, derivative = ACTIVATIONS[case.activation]
-    if not case.affine:
-        weight = bias = None
-    forward = reference.batch_norm(x[valid], weight=weight, bias=bias, eps=EPS)
-    z = forward.output + (residual[valid] if case.residual else 0)
-    dy = grad_output[valid] * derivative(z)
-    gradients = reference.batch_norm_backward(dy, x[valid], weight=weight, eps=EPS)
-    C = x.shape[1]
-    running = reference.update_running_stats(
-        reference.RunningStats(np.zeros(C), np.ones(C), 3),
-        mean=forward.mean, var=forward.var, count=forward.count, momentum=case.momentum,
-    )  # fmt: skip
-    scale = forward.invstd * (1 if weight is None else weight)
-    smooth = np.abs(z) > (1e-5 if case.activation in ("relu", "leaky_relu") else -1)
-    return {
-        "smooth": smooth, "kinks": (~smooth).sum(),
-        "mean": forward.mean, "var": forward.var, "running": running, "scale": scale,
-        "y": function(z), "dy": dy, **gradients._asdict(),
-    }  # fmt: skip

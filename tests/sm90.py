@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from syncbn.backends import triton_launch
-from syncbn.statistics import Fused, Running, Wanted
+from syncbn.statistics import Epilogue, OutputMask, Running
 
 SHAPES = [  # the benchmark's
     (32, 64, 112, 112), (128, 64, 56, 56), (32, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7),
@@ -57,21 +57,21 @@ def record(monkeypatch_launch: Any, step: Any) -> list[Launch]:
     return launches
 
 
-def training_pass(
-    x: torch.Tensor, *, synced: bool = True, activation: str = "relu", residual: bool = False, mask: bool = False
-) -> None:
-    """Run forward and backward of the steps as the Function does, on tensors like x."""
+def training_pass(x: torch.Tensor, *, activation: str = "relu", residual: bool = False, mask: bool = False) -> None:
+    """Run the ops of forward and backward as the Function does, on tensors like x."""
     C = x.shape[1]
     weight, bias = torch.empty(2, C, device=x.device).unbind()
     running = Running(
         torch.empty_like(weight), torch.empty_like(bias), torch.zeros((), dtype=torch.int64, device=x.device), 0.1
     )
     own_mask = torch.ones(x.shape[0], 1, *x.shape[2:], dtype=torch.bool, device=x.device) if mask else None
-    fused = Fused(torch.empty_like(x) if residual else None, own_mask, activation)
-    wanted = Wanted(weight.dtype, bias.dtype, dy=residual)
-    packed = triton_launch.pack_stats(x, own_mask) if synced else None
-    y, count, _, channels = triton_launch.normalize(x, packed, weight, bias, fused, eps=1e-5, running=running)
-    triton_launch.backward(torch.empty_like(y), x, channels, fused, wanted, count=count)
+    epilogue = Epilogue(torch.empty_like(x) if residual else None, own_mask, activation)
+    packed = triton_launch.pack_stats(x, own_mask)
+    y, count, channels = triton_launch.normalize(x, packed, weight, bias, epilogue, eps=1e-5, ranks=2, running=running)
+    grad_output = torch.empty_like(y)
+    output_mask = OutputMask(weight=True, bias=True, dy=residual)
+    reduced = triton_launch.backward_reduce(grad_output, x, channels, epilogue, output_mask)
+    triton_launch.backward_elemt(grad_output, x, channels, epilogue, reduced, count=count)
 
 
 def without_data(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool) -> torch.Tensor:
@@ -139,7 +139,7 @@ def launches_of_the_benchmark() -> list[Launch]:
     """Return a pass for each shape, dtype and layout, one with everything fused, and one of 2^32 values."""
     found = []
     for shape, extras in (
-        ((64, 512, 28, 28), {"residual": True, "mask": True, "activation": "silu", "synced": False}),
+        ((64, 512, 28, 28), {"residual": True, "mask": True, "activation": "silu"}),
         ((2, 64, 2**25), {}),
     ):
         x = without_data(shape, torch.bfloat16, channels_last=False)

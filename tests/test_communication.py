@@ -46,7 +46,7 @@ def train_and_evaluate() -> dict[str, tuple[Counter, list[int]]]:
 def test_one_all_reduce_per_layer_forward_and_one_backward_and_none_in_evaluation():
     for found in run_ranks(2, train_and_evaluate):
         assert found["forward"] == ({"allreduce_": 2}, [8 * (2 * 8 + 1)] * 2)
-        assert found["backward"] == ({"allreduce_": 2}, [8 * 2 * 8] * 2)
+        assert found["backward"] == ({"allreduce_": 2}, [8 * (2 * 8 + 1)] * 2)
         assert found["evaluation"] == ({}, [])
 
 

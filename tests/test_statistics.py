@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from syncbn import reference
-from syncbn.statistics import invstd_of, pack, unpack, update_running_
+from syncbn.statistics import Running, invstd_of, pack, unpack, update_running_stats_
 
 
 def packed_by_rank(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_running_statistics_move_as_the_oracle_says(dtype):
     running_mean, running_var = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
     x = torch.randn(8, 3, 4, dtype=torch.float64) * 2 + 1
     count, mean, var = unpack(packed_by_rank(x, [8])[0])
-    update_running_(running_mean, running_var, count=count, mean=mean, var=var, momentum=0.1)
+    update_running_stats_(Running(running_mean, running_var, None, 0.1), count=count, mean=mean, var=var)
     batch = reference.batch_norm(x.numpy())
     expected = reference.update_running_stats(
         reference.RunningStats(np.zeros(3), np.ones(3)),
@@ -78,5 +78,5 @@ def test_running_statistics_move_as_the_oracle_says(dtype):
 def test_an_empty_batch_moves_no_running_statistics():
     running_mean, running_var = torch.tensor([2.0]), torch.tensor([3.0])
     zero = torch.zeros(1, dtype=torch.float64)
-    update_running_(running_mean, running_var, count=zero[0], mean=zero, var=zero, momentum=0.5)
+    update_running_stats_(Running(running_mean, running_var, None, 0.5), count=zero[0], mean=zero, var=zero)
     assert (running_mean.item(), running_var.item()) == (2, 3)

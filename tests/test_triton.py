@@ -117,10 +117,11 @@ def test_forward_reads_x_twice_and_backward_x_and_grad_output_twice(without_data
     assert partials <= max(0.15 * x.nbytes, 2**20)
 
 
-def test_a_group_of_one_rank_saves_the_per_channel_launch(without_data):
+def test_a_group_of_one_rank_launches_the_same_kernels(without_data):
     layer = syncbn.BatchNorm(6, device="meta")
     found = launches_of(lambda: layer(torch.empty(4, 6, 5, 5, device="meta")))
-    assert [launch.kernel.__name__ for launch in found] == ["stats_kernel", "merge_stats_kernel", "elemt_kernel"]
+    names = [launch.kernel.__name__ for launch in found]
+    assert names == ["stats_kernel", "merge_stats_kernel", "gather_stats_kernel", "elemt_kernel"]
 
 
 def test_the_gradient_of_a_residual_is_written_along_the_way_and_read_instead_of_computed_again(without_data):

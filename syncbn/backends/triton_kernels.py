@@ -5,8 +5,8 @@ A program works on tiles of (BLOCK_C, BLOCK_S): a block of channels, its first i
 positions, of which it takes `tiles_per_program` consecutive ones, its second index. Arithmetic on activations is
 float32, across programs float64. Nothing is added atomically: equal input gives equal bits.
 
-`coefficients` are float32, five rows of C: pivot, rest, invstd, scale, shift. The pivot is the mean rounded to float32
-and rest what the rounding took, so that `x - pivot` is exact where x is near the mean, at any mean/std.
+`coefficients` are float32, five rows of C: pivot, pivot_error, invstd, scale, shift. The pivot is the mean rounded to
+float32 and pivot_error is pivot - mean, so that `x - pivot` is exact where x is near the mean, at any mean/std.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -76,23 +76,13 @@ def stats_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def merge_stats_kernel(
     partials_ptr,  # (splits, 3C + 1), of stats_kernel
-    packed_ptr,  # (2C + 1) for the wire, or None: then the arguments of _finish
-    statistics_ptr,
-    coefficients_ptr,
-    weight_ptr,
-    bias_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    num_batches_tracked_ptr,
-    eps: tl.float64,
-    momentum: tl.float64,
+    packed_ptr,  # (2C + 1) for the wire
     C,
     splits,
-    CUMULATIVE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Merge the statistics of all programs; pack them for the all-reduce, or finish where there is none."""
+    """Merge the statistics of all programs and pack them for the all-reduce."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     common = tl.load(partials_ptr + c, mask=inside, other=0).to(tl.float64)
@@ -112,26 +102,19 @@ def merge_stats_kernel(
         offset += first + own[:, None] * shift
         square += second + shift * (2.0 * first + own[:, None] * shift)
     total = tl.sum(count, 0)
-    rest = tl.sum(offset, 0) / tl.maximum(total, 1.0)
-    mean = tl.where(total > 0, common + rest, 0.0)
-    M2 = tl.sum(square, 0) - total * rest * rest
+    mean_offset = tl.sum(offset, 0) / tl.maximum(total, 1.0)
+    mean = tl.where(total > 0, common + mean_offset, 0.0)
+    M2 = tl.sum(square, 0) - total * mean_offset * mean_offset
     M2 = tl.where(M2 < 0, 0.0, M2)
-    if packed_ptr is not None:
-        tl.store(packed_ptr, total, mask=tl.program_id(0) == 0)
-        tl.store(packed_ptr + 1 + c, total * mean, mask=inside)
-        tl.store(packed_ptr + 1 + C + c, M2 + total * mean * mean, mask=inside)
-    else:
-        _finish(
-            total, mean, M2 / tl.maximum(total, 1.0), c, C,
-            statistics_ptr, coefficients_ptr, weight_ptr, bias_ptr,
-            running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, eps, momentum, CUMULATIVE,
-        )  # fmt: skip
+    tl.store(packed_ptr, total, mask=tl.program_id(0) == 0)
+    tl.store(packed_ptr + 1 + c, total * mean, mask=inside)
+    tl.store(packed_ptr + 1 + C + c, M2 + total * mean * mean, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gather_stats_kernel(
     packed_ptr,  # (2C + 1), summed over ranks
-    statistics_ptr,
+    statistics_ptr,  # (2C + 1) float64: mean, invstd, count
     coefficients_ptr,
     weight_ptr,
     bias_ptr,
@@ -139,24 +122,49 @@ def gather_stats_kernel(
     running_var_ptr,
     num_batches_tracked_ptr,
     eps: tl.float64,
+    rounding: tl.float64,  # of the variance, relative to mean^2
     momentum: tl.float64,
     C,
     CUMULATIVE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Derive all per-channel values from the vector that came back from the all-reduce."""
+    """Derive every per-channel value from the vector that came back from the all-reduce; move the running averages."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     count = tl.load(packed_ptr)
     divisor = tl.where(count < 1, 1.0, count)  # NaN stays
     mean = tl.load(packed_ptr + 1 + c, mask=inside, other=0) / divisor
     var = tl.load(packed_ptr + 1 + C + c, mask=inside, other=0) / divisor - mean * mean
-    var = tl.where(var < 0, 0.0, var)
-    _finish(
-        count, mean, var, c, C,
-        statistics_ptr, coefficients_ptr, weight_ptr, bias_ptr,
-        running_mean_ptr, running_var_ptr, num_batches_tracked_ptr, eps, momentum, CUMULATIVE,
-    )  # fmt: skip
+    var = tl.where(var <= rounding * mean * mean, 0.0, var)  # here too
+    shifted = var + eps
+    invstd = tl.where(shifted == 0, 0.0, 1.0 / tl.sqrt(tl.where(shifted == 0, 1.0, shifted)))
+    tl.store(statistics_ptr + c, mean, mask=inside)
+    tl.store(statistics_ptr + C + c, invstd, mask=inside)
+    tl.store(statistics_ptr + 2 * C, count, mask=tl.program_id(0) == 0)
+
+    pivot = mean.to(tl.float32)
+    pivot_error = pivot.to(tl.float64) - mean
+    scale = invstd
+    if weight_ptr is not None:
+        scale = scale * tl.load(weight_ptr + c, mask=inside, other=0).to(tl.float64)
+    shift = pivot_error * scale
+    if bias_ptr is not None:
+        shift = shift + tl.load(bias_ptr + c, mask=inside, other=0).to(tl.float64)
+    tl.store(coefficients_ptr + c, pivot, mask=inside)
+    tl.store(coefficients_ptr + C + c, pivot_error.to(tl.float32), mask=inside)
+    tl.store(coefficients_ptr + 2 * C + c, invstd.to(tl.float32), mask=inside)
+    tl.store(coefficients_ptr + 3 * C + c, scale.to(tl.float32), mask=inside)
+    tl.store(coefficients_ptr + 4 * C + c, shift.to(tl.float32), mask=inside)
+
+    if running_mean_ptr is not None:
+        writable = tl.where(inside, count, 0.0) > 1  # not for an empty batch, nor for the NaN of a rank that refuses
+        if CUMULATIVE:
+            momentum = 1.0 / (tl.load(num_batches_tracked_ptr) + 1).to(tl.float64)
+        _update_running(running_mean_ptr, mean, momentum, c, writable)
+        _update_running(running_var_ptr, var * (count / tl.maximum(count - 1, 1.0)), momentum, c, writable)
+        if num_batches_tracked_ptr is not None and not CUMULATIVE:
+            batches = tl.load(num_batches_tracked_ptr) + (count > 1).to(tl.int64)
+            tl.store(num_batches_tracked_ptr, batches, mask=tl.program_id(0) == 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -260,7 +268,7 @@ def backward_reduce_kernel(
 def merge_sums_kernel(
     partials_ptr,  # (splits, 2C), of backward_reduce_kernel
     coefficients_ptr,
-    sums_ptr,  # (2C) for the wire: sum_dy, sum_dy_xmu
+    sums_ptr,  # (2C + 1) for the wire: 0, sum_dy, sum_dy_xmu
     grad_weight_ptr,
     grad_bias_ptr,
     C,
@@ -279,12 +287,13 @@ def merge_sums_kernel(
         row_ptr = partials_ptr + k * 2 * C
         first += tl.load(row_ptr[:, None] + c[None, :], mask=exists, other=0).to(tl.float64)
         second += tl.load(row_ptr[:, None] + C + c[None, :], mask=exists, other=0).to(tl.float64)
-    rest = tl.load(coefficients_ptr + C + c, mask=inside, other=0).to(tl.float64)
+    pivot_error = tl.load(coefficients_ptr + C + c, mask=inside, other=0).to(tl.float64)
     invstd = tl.load(coefficients_ptr + 2 * C + c, mask=inside, other=0).to(tl.float64)
     sum_dy = tl.sum(first, 0)
-    sum_dy_xmu = tl.sum(second, 0) + sum_dy * rest
-    tl.store(sums_ptr + c, sum_dy, mask=inside)
-    tl.store(sums_ptr + C + c, sum_dy_xmu, mask=inside)
+    sum_dy_xmu = tl.sum(second, 0) + sum_dy * pivot_error
+    tl.store(sums_ptr, 0.0, mask=tl.program_id(0) == 0)
+    tl.store(sums_ptr + 1 + c, sum_dy, mask=inside)
+    tl.store(sums_ptr + 1 + C + c, sum_dy_xmu, mask=inside)
     if grad_weight_ptr is not None:
         tl.store(grad_weight_ptr + c, _rounded(sum_dy_xmu * invstd, grad_weight_ptr), mask=inside)
     if grad_bias_ptr is not None:
@@ -299,7 +308,7 @@ def backward_elemt_kernel(
     mask_ptr,
     coefficients_ptr,
     count_ptr,
-    sums_ptr,  # (2C), summed over ranks
+    sums_ptr,  # (2C + 1), summed over ranks
     grad_input_ptr,
     N,
     C_units,
@@ -318,16 +327,16 @@ def backward_elemt_kernel(
     C, S = C_units * ALIGN_C, S_units * ALIGN_S
     c, inside = _channels(C, INT64, BLOCK_C)
     pivot = tl.load(coefficients_ptr + c, mask=inside, other=0)[:, None]
-    rest = tl.load(coefficients_ptr + C + c, mask=inside, other=0)[:, None]
+    pivot_error = tl.load(coefficients_ptr + C + c, mask=inside, other=0)[:, None]
     invstd = tl.load(coefficients_ptr + 2 * C + c, mask=inside, other=0)[:, None]
     scale = tl.load(coefficients_ptr + 3 * C + c, mask=inside, other=0)[:, None]
     shift = tl.load(coefficients_ptr + 4 * C + c, mask=inside, other=0)[:, None]
     count = tl.load(count_ptr).to(tl.float32)
-    share = 1.0 / tl.where(count < 1, 1.0, count)
-    mean_dy = tl.load(sums_ptr + c, mask=inside, other=0).to(tl.float32)[:, None] * share
-    mean_dy_xmu = tl.load(sums_ptr + C + c, mask=inside, other=0).to(tl.float32)[:, None] * share
+    divisor = tl.where(count < 1, 1.0, count)
+    mean_dy = tl.load(sums_ptr + 1 + c, mask=inside, other=0).to(tl.float32)[:, None] / divisor
+    mean_dy_xmu = tl.load(sums_ptr + 1 + C + c, mask=inside, other=0).to(tl.float32)[:, None] / divisor
     slope = -scale * invstd * (invstd * mean_dy_xmu)
-    level = slope * rest - scale * mean_dy
+    offset = slope * pivot_error - scale * mean_dy
     first, last, s_blocks = _tiles(_reversed(), N, S, tiles_per_program, INT64, BLOCK_S)
     for tile in tl.range(first, last, num_stages=STAGES):
         n, s, valid = _positions(tile, s_blocks, mask_ptr, S, BLOCK_S)
@@ -340,7 +349,7 @@ def backward_elemt_kernel(
             if residual_ptr is not None:
                 z += tl.load(residual_ptr + offsets, mask=readable, other=0).to(tl.float32)
             dy = _activate_backward(dy, z, ACTIVATION)
-        grad_input = centred * slope + level + dy * scale
+        grad_input = centred * slope + offset + dy * scale
         if mask_ptr is not None:
             grad_input = tl.where(valid[None, :], grad_input, 0.0)
         rounded = grad_input.to(grad_input_ptr.dtype.element_ty)
@@ -427,52 +436,7 @@ def _rounded(values, like_ptr):
 
 
 @triton.jit
-def _advance(running_ptr, batch, share, c, writable):
+def _update_running(running_ptr, batch, momentum, c, writable):
     """Move a running average towards the batch."""
     running = tl.load(running_ptr + c, mask=writable, other=0).to(tl.float64)
-    tl.store(running_ptr + c, _rounded(running + share * (batch - running), running_ptr), mask=writable)
-
-
-@triton.jit
-def _finish(
-    count, mean, var, c, C,
-    statistics_ptr,  # (3C + 1) float64: mean, var, invstd, count
-    coefficients_ptr,
-    weight_ptr, bias_ptr,
-    running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,
-    eps, momentum,
-    CUMULATIVE: tl.constexpr,
-):  # fmt: skip
-    """Write every per-channel value that follows from the statistics of the group, and move the running averages."""
-    inside = c < C
-    shifted = var + eps
-    invstd = tl.where(shifted == 0, 0.0, 1.0 / tl.sqrt(tl.where(shifted == 0, 1.0, shifted)))
-    tl.store(statistics_ptr + c, mean, mask=inside)
-    tl.store(statistics_ptr + C + c, var, mask=inside)
-    tl.store(statistics_ptr + 2 * C + c, invstd, mask=inside)
-    tl.store(statistics_ptr + 3 * C, count, mask=tl.program_id(0) == 0)
-
-    pivot = mean.to(tl.float32)
-    rest = pivot.to(tl.float64) - mean
-    scale = invstd
-    if weight_ptr is not None:
-        scale = scale * tl.load(weight_ptr + c, mask=inside, other=0).to(tl.float64)
-    shift = rest * scale
-    if bias_ptr is not None:
-        shift = shift + tl.load(bias_ptr + c, mask=inside, other=0).to(tl.float64)
-    tl.store(coefficients_ptr + c, pivot, mask=inside)
-    tl.store(coefficients_ptr + C + c, rest.to(tl.float32), mask=inside)
-    tl.store(coefficients_ptr + 2 * C + c, invstd.to(tl.float32), mask=inside)
-    tl.store(coefficients_ptr + 3 * C + c, scale.to(tl.float32), mask=inside)
-    tl.store(coefficients_ptr + 4 * C + c, shift.to(tl.float32), mask=inside)
-
-    if running_mean_ptr is not None:
-        writable = tl.where(inside, count, 0.0) > 1  # not for an empty batch, nor for the NaN of a refusing rank
-        share = momentum
-        if CUMULATIVE:
-            share = 1.0 / (tl.load(num_batches_tracked_ptr) + 1).to(tl.float64)
-        _advance(running_mean_ptr, mean, share, c, writable)
-        _advance(running_var_ptr, var * (count / tl.maximum(count - 1, 1.0)), share, c, writable)
-        if num_batches_tracked_ptr is not None and not CUMULATIVE:
-            batches = tl.load(num_batches_tracked_ptr) + (count > 1).to(tl.int64)
-            tl.store(num_batches_tracked_ptr, batches, mask=tl.program_id(0) == 0)
+    tl.store(running_ptr + c, _rounded(running + momentum * (batch - running), running_ptr), mask=writable)

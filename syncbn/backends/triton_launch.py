@@ -1,7 +1,8 @@
-"""The steps on CUDA: three or four launches forward, three backward. Layout, block sizes, grids and memory.
+"""The ops on CUDA: four kernel launches forward, three backward. Layout, block sizes, grids and memory.
 
 Forward reads x twice and writes y, backward reads x and grad_output twice and writes grad_input; the activation's
 gradient is computed again in both backward kernels. No value is read back, so a CUDA graph can hold all of it.
+`coefficients` are the float32 rows that `triton_kernels` describes, (5, C).
 """
 
 import warnings
@@ -13,9 +14,15 @@ import triton
 from torch import Tensor
 
 from syncbn.backends import triton_kernels
-from syncbn.statistics import Channels, Fused, Gradients, Reduced, Running, Wanted
-
-updates_running = True
+from syncbn.statistics import (
+    Channels,
+    Epilogue,
+    OutputMask,
+    Reduced,
+    Running,
+    match_layout,
+    rounding_of_variance,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE_ELEMENTS = 4096  # 16 per thread: two to four accesses of 16 bytes; half of it where accesses are narrow
@@ -49,14 +56,16 @@ class Plan(NamedTuple):
 
 def supports(x: Tensor) -> bool:
     """Return whether the kernels take x; what they do not, plain PyTorch does."""
-    return x.dtype in DTYPES and (x.is_contiguous() or _is_channels_last(x))
+    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.dtype in DTYPES
+    return is_plain and (x.is_contiguous() or _is_channels_last(x))
 
 
 @lru_cache
 def can_run(device: torch.device) -> bool:
     """Return whether a kernel can be built and launched there, which takes a C compiler; warn, once, if not."""
     try:
-        gather_stats(torch.zeros(3, dtype=torch.float64, device=device), None, None, eps=1.0, running=None)
+        packed = torch.zeros(3, dtype=torch.float64, device=device)
+        gather_stats(packed, None, None, eps=1.0, ranks=1, running=None)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         warnings.warn(f"syncbn runs in plain PyTorch on {device}, Triton launches no kernels ({reason})", stacklevel=2)
@@ -69,57 +78,70 @@ def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
     C = x.shape[1]
     if x.numel() == 0:
         return torch.zeros(2 * C + 1, dtype=torch.float64, device=x.device)
+    plan = _plan_of(x)
+    splits = plan.reduce_grid[1]
     packed = torch.empty(2 * C + 1, dtype=torch.float64, device=x.device)
-    _merge_stats(x, mask, packed, *[None] * 7, 0.0, 0.0, False)
-    return packed
-
-
-def gather_stats(
-    packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
-) -> tuple[Tensor, Tensor, Channels]:
-    """Return count, var and what the elementwise steps need, from the summed vector; move the running statistics."""
-    C = packed.shape[0] // 2
-    statistics, coefficients = _per_channel_buffers(C, packed.device)
-    parameters, is_cumulative = _finish_arguments(statistics, coefficients, weight, bias, eps, running)
+    partials = torch.empty(splits, 3 * C + 1, dtype=torch.float32, device=x.device)
     _launch(
-        triton_kernels.gather_stats_kernel,
-        (triton.cdiv(C, CHANNELS_PER_PROGRAM), 1),
-        packed, *parameters, C, is_cumulative, CHANNELS_PER_PROGRAM,
+        triton_kernels.stats_kernel,
+        plan.reduce_grid,
+        x, _flat_mask(mask, x), partials, *plan.sizes, plan.reduce_tiles,
+        **plan.constexprs,
     )  # fmt: skip
-    return _finished(statistics, coefficients, weight, bias, running, is_cumulative)
-
-
-def own_stats(
-    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running | None
-) -> tuple[Tensor, Tensor, Channels]:
-    """Return the same for the statistics of this rank alone, in one launch less."""
-    if x.numel() == 0:
-        return gather_stats(pack_stats(x, mask), weight, bias, eps=eps, running=running)
-    statistics, coefficients = _per_channel_buffers(x.shape[1], x.device)
-    parameters, is_cumulative = _finish_arguments(statistics, coefficients, weight, bias, eps, running)
-    _merge_stats(x, mask, None, *parameters, is_cumulative)
-    return _finished(statistics, coefficients, weight, bias, running, is_cumulative)
+    grid, blocks = _merge_blocks(C, splits)
+    _launch(triton_kernels.merge_stats_kernel, grid, partials, packed, C, splits, *blocks)
+    return packed
 
 
 def normalize(
     x: Tensor,
-    packed: Tensor | None,
+    packed: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    fused: Fused,
+    epilogue: Epilogue,
     *,
     eps: float,
+    ranks: int,
     running: Running | None,
-) -> tuple[Tensor, Tensor, Tensor, Channels]:
-    """Return the output, count, var and what the backward steps need; move the running statistics."""
-    if packed is None:
-        count, var, channels = own_stats(x, fused.mask, weight, bias, eps=eps, running=running)
-    else:
-        count, var, channels = gather_stats(packed, weight, bias, eps=eps, running=running)
-    return elemt(x, channels, fused), count, var, channels
+) -> tuple[Tensor, Tensor, Channels]:
+    """Return the output, the count of the group and the per-channel values; move the running statistics."""
+    count, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
+    return elemt(x, channels, epilogue), count, channels
 
 
-def elemt(x: Tensor, channels: Channels, fused: Fused) -> Tensor:
+def gather_stats(
+    packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, ranks: int, running: Running | None
+) -> tuple[Tensor, Channels]:
+    """Return the count of the group and the per-channel values; move the running statistics."""
+    C = packed.shape[0] // 2
+    statistics = torch.empty(2 * C + 1, dtype=torch.float64, device=packed.device)
+    coefficients = torch.empty(5, C, dtype=torch.float32, device=packed.device)
+    parameters = [None if parameter is None else parameter.contiguous() for parameter in (weight, bias)]
+    buffers = [] if running is None else [tensor for tensor in running[:3] if tensor is not None]
+    moved = [buffer.contiguous() for buffer in buffers]
+    momentum = 0.0 if running is None else running.momentum or 0.0
+    is_cumulative = running is not None and running.momentum is None and running.num_batches_tracked is not None
+    _launch(
+        triton_kernels.gather_stats_kernel,
+        (triton.cdiv(C, CHANNELS_PER_PROGRAM), 1),
+        packed, statistics, coefficients, *parameters, *moved, *[None] * (3 - len(moved)),
+        eps, rounding_of_variance(ranks), momentum, C, is_cumulative, CHANNELS_PER_PROGRAM,
+    )  # fmt: skip
+    mean, invstd, count = statistics.split([C, C, 1])
+    count = count.view(())
+    for buffer, own in zip(buffers, moved, strict=True):
+        if own is buffer:
+            torch.autograd.graph.increment_version(buffer)
+        else:
+            buffer.copy_(own)
+    if is_cumulative:  # every program reads the number of batches, so none may write it
+        assert running is not None
+        assert running.num_batches_tracked is not None
+        running.num_batches_tracked.add_(count > 1)
+    return count, Channels(mean, invstd, weight, bias, coefficients)
+
+
+def elemt(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
     """Return the output, like x."""
     y = torch.empty_like(x)
     if x.numel():
@@ -127,38 +149,36 @@ def elemt(x: Tensor, channels: Channels, fused: Fused) -> Tensor:
         _launch(
             triton_kernels.elemt_kernel,
             plan.elemt_grid,
-            x, _like(fused.residual, x), _flat_mask(fused.mask, x), _coefficients(channels), y,
+            x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), channels.coefficients, y,
             *plan.sizes, plan.elemt_tiles,
-            ACTIVATION=fused.activation, **plan.constexprs,
+            ACTIVATION=epilogue.activation, **plan.constexprs,
         )  # fmt: skip
     return y
 
 
-def match_layout(tensor: Tensor, x: Tensor) -> Tensor:
-    """Return the tensor with its elements where those of x are; a copy only where they are not."""
-    if tensor.stride() == x.stride():
-        return tensor
-    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
-
-
-def backward_reduce(grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted) -> Reduced:
-    """Return both sums of this rank, and those gradients that are wanted."""
+def backward_reduce(
+    grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue, output_mask: OutputMask
+) -> Reduced:
+    """Return the sums of this rank and the selected gradients; dy only if it is selected."""
     C = x.shape[1]
-    is_copy = fused.activation == "identity" and fused.mask is None  # dy is grad_output
-    dy = torch.empty_like(x) if wanted.dy and not is_copy else None
+    is_copy = epilogue.activation == "identity" and epilogue.mask is None  # dy is grad_output
+    dy = torch.empty_like(x) if output_mask.dy and not is_copy else None
     make = torch.empty if x.numel() else torch.zeros
-    sums = make(2 * C, dtype=torch.float64, device=x.device)
-    grad_weight, grad_bias = (None if dtype is None else make(C, dtype=dtype, device=x.device) for dtype in wanted[:2])
+    sums = make(2 * C + 1, dtype=torch.float64, device=x.device)
+    grad_weight, grad_bias = (
+        make(C, dtype=parameter.dtype, device=x.device) if is_needed and parameter is not None else None
+        for parameter, is_needed in ((channels.weight, output_mask.weight), (channels.bias, output_mask.bias))
+    )
     if x.numel():
-        plan, coefficients = _plan_of(x), _coefficients(channels)
+        plan, coefficients = _plan_of(x), channels.coefficients
         splits = plan.reduce_grid[1]
         partials = torch.empty(splits, 2 * C, dtype=torch.float32, device=x.device)
         _launch(
             triton_kernels.backward_reduce_kernel,
             plan.reduce_grid,
-            _like(grad_output, x), x, _like(fused.residual, x), _flat_mask(fused.mask, x), coefficients, dy, partials,
-            *plan.sizes, plan.reduce_tiles,
-            ACTIVATION=fused.activation, **plan.constexprs,
+            _like(grad_output, x), x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), coefficients, dy,
+            partials, *plan.sizes, plan.reduce_tiles,
+            ACTIVATION=epilogue.activation, **plan.constexprs,
         )  # fmt: skip
         grid, blocks = _merge_blocks(C, splits)
         _launch(
@@ -166,42 +186,26 @@ def backward_reduce(grad_output: Tensor, x: Tensor, channels: Channels, fused: F
             grid,
             partials, coefficients, sums, grad_weight, grad_bias, C, splits, *blocks,
         )  # fmt: skip
-    return Reduced(sums, grad_weight, grad_bias, grad_output if wanted.dy and is_copy else dy)
+    return Reduced(sums, grad_weight, grad_bias, grad_output if output_mask.dy and is_copy else dy)
 
 
 def backward_elemt(
-    grad_output: Tensor,
-    x: Tensor,
-    channels: Channels,
-    fused: Fused,
-    wanted: Wanted,
-    reduced: Reduced,
-    *,
-    count: Tensor,
+    grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue, reduced: Reduced, *, count: Tensor
 ) -> Tensor:
-    """Return the gradient of x, like x; from dy where `backward_reduce` has written it."""
+    """Return the gradient of x, like x; from dy if `backward_reduce` has written it."""
     grad_input = torch.empty_like(x)
     if reduced.dy is not None:
-        grad_output, fused = reduced.dy, Fused(mask=fused.mask)
+        grad_output, epilogue = reduced.dy, Epilogue(mask=epilogue.mask)
     if x.numel():
         plan = _plan_of(x)
         _launch(
             triton_kernels.backward_elemt_kernel,
             plan.elemt_grid,
-            _like(grad_output, x), x, _like(fused.residual, x), _flat_mask(fused.mask, x), _coefficients(channels),
+            _like(grad_output, x), x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), channels.coefficients,
             count, reduced.sums, grad_input, *plan.sizes, plan.elemt_tiles,
-            ACTIVATION=fused.activation, **plan.constexprs,
+            ACTIVATION=epilogue.activation, **plan.constexprs,
         )  # fmt: skip
     return grad_input
-
-
-def backward(
-    grad_output: Tensor, x: Tensor, channels: Channels, fused: Fused, wanted: Wanted, *, count: Tensor
-) -> Gradients:
-    """Return the gradient of x and the others, for a group of one rank."""
-    reduced = backward_reduce(grad_output, x, channels, fused, wanted)
-    grad_input = backward_elemt(grad_output, x, channels, fused, wanted, reduced, count=count)
-    return Gradients(grad_input, *reduced[1:])
 
 
 @lru_cache(maxsize=1024)
@@ -284,87 +288,14 @@ def _flat_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous().view(torch.uint8)
 
 
-def _coefficients(channels: Channels) -> Tensor:
-    """Return the rows of the kernels, computed here where the forward pass ran in plain PyTorch."""
-    if channels.coefficients is not None:
-        return channels.coefficients
-    pivot = channels.mean.float()
-    rest = pivot - channels.mean
-    scale = channels.invstd if channels.weight is None else channels.invstd * channels.weight
-    shift = rest * scale if channels.bias is None else rest * scale + channels.bias
-    return torch.stack([row.float() for row in (pivot, rest, channels.invstd, scale, shift)])
-
-
-def _merge_stats(x: Tensor, mask: Tensor | None, *arguments: Any) -> None:
-    C, plan = x.shape[1], _plan_of(x)
-    splits = plan.reduce_grid[1]
-    partials = torch.empty(splits, 3 * C + 1, dtype=torch.float32, device=x.device)
-    _launch(
-        triton_kernels.stats_kernel,
-        plan.reduce_grid,
-        x, _flat_mask(mask, x), partials, *plan.sizes, plan.reduce_tiles,
-        **plan.constexprs,
-    )  # fmt: skip
-    packed, *parameters, is_cumulative = arguments
-    grid, blocks = _merge_blocks(C, splits)
-    _launch(
-        triton_kernels.merge_stats_kernel,
-        grid,
-        partials, packed, *parameters, C, splits, is_cumulative, *blocks,
-    )  # fmt: skip
-
-
 def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written.
 
-    The more there is to merge for a channel, the fewer channels a program takes: nobody works while it runs.
+    The more there is to merge for a channel, the fewer channels a program takes: the rest of the GPU is idle meanwhile.
     """
     block_k = min(max(triton.next_power_of_2(splits), MERGE_MIN_SPLITS), MERGE_ELEMENTS)
     block_c = min(triton.next_power_of_2(C), MERGE_ELEMENTS // block_k)
     return (triton.cdiv(C, block_c), 1), (block_c, block_k)
-
-
-def _per_channel_buffers(C: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    statistics = torch.empty(3 * C + 1, dtype=torch.float64, device=device)
-    return statistics, torch.empty(5, C, dtype=torch.float32, device=device)
-
-
-def _finish_arguments(
-    statistics: Tensor,
-    coefficients: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    running: Running | None,
-) -> tuple[tuple[Any, ...], bool]:
-    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    parameters = (statistics, coefficients, weight, bias)
-    if running is None:
-        return (*parameters, None, None, None, eps, 0.0), False
-    is_cumulative = running.momentum is None and running.num_batches_tracked is not None
-    moved = (running.mean, running.var, running.num_batches_tracked)
-    return (*parameters, *moved, eps, running.momentum or 0.0), is_cumulative
-
-
-def _finished(
-    statistics: Tensor,
-    coefficients: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: Running | None,
-    is_cumulative: bool,
-) -> tuple[Tensor, Tensor, Channels]:
-    C = coefficients.shape[1]
-    mean, var, invstd, count = statistics.split([C, C, C, 1])
-    count = count.view(())
-    if running is not None:
-        if is_cumulative:  # every program reads it, none may write it
-            assert running.num_batches_tracked is not None
-            running.num_batches_tracked.add_(count > 1)
-        for tensor in running[:3]:
-            if tensor is not None:
-                torch.autograd.graph.increment_version(tensor)
-    return count, var, Channels(mean, invstd, weight, bias, coefficients)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constexprs: Any) -> None:
