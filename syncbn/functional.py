@@ -63,8 +63,8 @@ def sync_batch_norm(
         check_activation(activation)
         _check_per_channel(num_features, tensors)
         return evaluate(input, running_mean, running_var, weight, bias, num_features=num_features, eps=eps, **epilogue)
-    channels = _num_channels(input) if num_features is None else num_features
-    with release_peers(process_group, channels, tensors=(known, input)) as peers:
+    with release_peers(process_group, num_features, tensors=(known, input)) as peers:
+        peers.num_features = _num_channels(input) if num_features is None else num_features
         peers.announce(input, weight, bias)
         check_activation(activation)
         _check_per_channel(num_features, tensors)

@@ -7,25 +7,29 @@ sums are 0. Every function converts its arrays to float64 and writes to none of 
 number outside its range raise ValueError.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
-Parameter = ArrayLike | None
-
-
-class Standardized(NamedTuple):
-    """Values of mean 0 and variance var / (var + eps), and their statistics with the reduced axes kept as size 1."""
-
-    normalized: Array
-    mean: Array
-    var: Array
-    invstd: Array
-    count: int  # type: ignore[assignment]  # hides tuple.count
+from syncbn.reference_basics import (
+    Array,
+    Parameter,
+    all_but_channels,
+    checked_grad_output,
+    checked_input,
+    filled,
+    float64_array,
+    in_groups,
+    invstd_of,
+    last_axes,
+    per_channel,
+    standardize,
+    standardize_backward,
+)
+from syncbn.reference_basics import numerical_gradient as numerical_gradient
+from syncbn.reference_basics import relative_error as relative_error
 
 
 class BatchNormOutput(NamedTuple):
@@ -68,50 +72,6 @@ class DropoutOutput(NamedTuple):
     mask: Array
 
 
-def standardize(x: ArrayLike, axes: Sequence[int], *, eps: float) -> Standardized:
-    """Return x with mean 0 and, up to eps, variance 1 over `axes`.
-
-        mean       = sum(x) / count
-        var        = sum((x - mean)^2) / count
-        invstd     = 1 / sqrt(var + eps)
-        normalized = (x - mean) * invstd
-
-    Args:
-        x: any shape.
-        axes: the axes, counted from the first, over which values share one mean.
-        eps: at least 0; with 0, values that are all equal give NaN.
-
-    Source: Ioffe & Szegedy 2015, Algorithm 1, lines 1-3; Wu & He 2018, equations 1 and 2, for any set of values.
-    """
-    x, axes = _float64(x), tuple(axes)
-    mean = _mean(x, axes)
-    centered = x - mean
-    # The sum of large values is rounded. The mean of what is left is that error: at mean/std 1e8 it would show in var.
-    correction = _mean(centered, axes)
-    centered -= correction
-    var = _mean(centered**2, axes)
-    invstd = _invstd(var, eps)
-    return Standardized(centered * invstd, mean + correction, var, invstd, _count(x, axes))
-
-
-def standardize_backward(grad_normalized: Array, normalized: Array, *, invstd: Array, axes: Sequence[int]) -> Array:
-    """Return the gradient with respect to the input of `standardize`, whose mean and var depend on that input.
-
-        grad_input = invstd * (grad_normalized - mean(grad_normalized)
-                               - normalized * mean(grad_normalized * normalized))
-
-    Args:
-        grad_normalized, normalized: the shape of x.
-        invstd: as `standardize` returns it.
-        axes: those given to `standardize`.
-
-    Source: Ioffe & Szegedy 2015, section 3, the chain rule that follows Algorithm 1, simplified.
-    """
-    axes = tuple(axes)
-    projection = _mean(grad_normalized * normalized, axes)
-    return invstd * (grad_normalized - _mean(grad_normalized, axes) - normalized * projection)
-
-
 def batch_norm(x: ArrayLike, *, weight: Parameter = None, bias: Parameter = None, eps: float = 1e-5) -> BatchNormOutput:
     """Return x normalized per channel over its N*S values, scaled and shifted.
 
@@ -121,9 +81,9 @@ def batch_norm(x: ArrayLike, *, weight: Parameter = None, bias: Parameter = None
 
     Source: Ioffe & Szegedy 2015, Algorithm 1; section 3.2 for one gamma and beta per feature map.
     """
-    x = _checked_input(x)
-    normalized, mean, var, invstd, count = standardize(x, _all_but_channels(x), eps=eps)
-    output = _per_channel("weight", weight, x, default=1) * normalized + _per_channel("bias", bias, x, default=0)
+    x = checked_input(x)
+    normalized, mean, var, invstd, count = standardize(x, all_but_channels(x), eps=eps)
+    output = per_channel("weight", weight, x, default=1) * normalized + per_channel("bias", bias, x, default=0)
     return BatchNormOutput(output, mean.ravel(), var.ravel(), invstd.ravel(), count)
 
 
@@ -141,10 +101,10 @@ def batch_norm_backward(
 
     Source: Ioffe & Szegedy 2015, section 3, the chain rule that follows Algorithm 1, simplified.
     """
-    x = _checked_input(x)
-    grad_output, axes = _checked_grad_output(grad_output, x), _all_but_channels(x)
+    x = checked_input(x)
+    grad_output, axes = checked_grad_output(grad_output, x), all_but_channels(x)
     normalized, _, _, invstd, _ = standardize(x, axes, eps=eps)
-    grad_normalized = grad_output * _per_channel("weight", weight, x, default=1)
+    grad_normalized = grad_output * per_channel("weight", weight, x, default=1)
     grad_input = standardize_backward(grad_normalized, normalized, invstd=invstd, axes=axes)
     return Gradients(grad_input, *_affine_backward(grad_output, normalized, axes))
 
@@ -161,15 +121,15 @@ def batch_norm_backward_stepwise(
 
     Source: Ioffe & Szegedy 2015, section 3, the chain rule that follows Algorithm 1.
     """
-    x = _checked_input(x)
-    grad_output, axes = _checked_grad_output(grad_output, x), _all_but_channels(x)
+    x = checked_input(x)
+    grad_output, axes = checked_grad_output(grad_output, x), all_but_channels(x)
     _, mean, var, _, count = standardize(x, axes, eps=eps)
     centered = x - mean
     std = np.sqrt(var + eps)
     normalized = centered / std
 
     grad_weight, grad_bias = _affine_backward(grad_output, normalized, axes)
-    grad_normalized = grad_output * _per_channel("weight", weight, x, default=1)
+    grad_normalized = grad_output * per_channel("weight", weight, x, default=1)
     grad_std = (grad_normalized * -centered / std**2).sum(axes, keepdims=True)
     grad_var = grad_std / (2 * std)
     grad_squared = grad_var / max(count, 1)
@@ -211,8 +171,8 @@ def update_running_stats(
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 10, for the unbiased variance; torch.nn.BatchNorm1d for the average.
     """
-    running_mean, running_var = _float64(running.running_mean), _float64(running.running_var)
-    mean, var = _float64(mean), _float64(var)
+    running_mean, running_var = float64_array(running.running_mean), float64_array(running.running_var)
+    mean, var = float64_array(mean), float64_array(var)
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
         raise ValueError(
             f"expected statistics of one shape (C,), got running_mean {running_mean.shape}, "
@@ -244,9 +204,9 @@ def batch_norm_eval(
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
-    x = _checked_input(x)
+    x = checked_input(x)
     normalized, _ = _normalize(x, running, eps)
-    return _per_channel("weight", weight, x, default=1) * normalized + _per_channel("bias", bias, x, default=0)
+    return per_channel("weight", weight, x, default=1) * normalized + per_channel("bias", bias, x, default=0)
 
 
 def batch_norm_eval_backward(
@@ -260,11 +220,11 @@ def batch_norm_eval_backward(
 
     Source: the derivative of Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
-    x = _checked_input(x)
-    grad_output = _checked_grad_output(grad_output, x)
+    x = checked_input(x)
+    grad_output = checked_grad_output(grad_output, x)
     normalized, invstd = _normalize(x, running, eps)
-    grad_input = grad_output * _per_channel("weight", weight, x, default=1) * invstd
-    return Gradients(grad_input, *_affine_backward(grad_output, normalized, _all_but_channels(x)))
+    grad_input = grad_output * per_channel("weight", weight, x, default=1) * invstd
+    return Gradients(grad_input, *_affine_backward(grad_output, normalized, all_but_channels(x)))
 
 
 def fold_batch_norm(
@@ -278,8 +238,8 @@ def fold_batch_norm(
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     shape = np.shape(running.running_var)
-    scale = _filled("weight", weight, shape, default=1) * _invstd(_float64(running.running_var), eps)
-    shift = _filled("bias", bias, shape, default=0) - _filled("running_mean", running.running_mean, shape) * scale
+    scale = filled("weight", weight, shape, default=1) * invstd_of(float64_array(running.running_var), eps)
+    shift = filled("bias", bias, shape, default=0) - filled("running_mean", running.running_mean, shape) * scale
     return ScaleShift(scale, shift)
 
 
@@ -301,9 +261,9 @@ def layer_norm(
 
     Source: Ba et al. 2016, equation 3, for the statistics.
     """
-    x, shape = _float64(x), tuple(normalized_shape)
-    normalized = standardize(x, _last_axes(x, shape), eps=eps).normalized
-    return _filled("weight", weight, shape, default=1) * normalized + _filled("bias", bias, shape, default=0)
+    x, shape = float64_array(x), tuple(normalized_shape)
+    normalized = standardize(x, last_axes(x, shape), eps=eps).normalized
+    return filled("weight", weight, shape, default=1) * normalized + filled("bias", bias, shape, default=0)
 
 
 def layer_norm_backward(
@@ -322,10 +282,10 @@ def layer_norm_backward(
 
     Args: shapes as in `layer_norm`.
     """
-    x, shape = _float64(x), tuple(normalized_shape)
-    grad_output, axes = _checked_grad_output(grad_output, x), _last_axes(x, shape)
+    x, shape = float64_array(x), tuple(normalized_shape)
+    grad_output, axes = checked_grad_output(grad_output, x), last_axes(x, shape)
     normalized, _, _, invstd, _ = standardize(x, axes, eps=eps)
-    grad_normalized = grad_output * _filled("weight", weight, shape, default=1)
+    grad_normalized = grad_output * filled("weight", weight, shape, default=1)
     grad_input = standardize_backward(grad_normalized, normalized, invstd=invstd, axes=axes)
     return Gradients(grad_input, *_affine_backward(grad_output, normalized, range(x.ndim - len(shape))))
 
@@ -339,10 +299,10 @@ def group_norm(
 
     Source: Wu & He 2018, equations 1, 2, 6 and 7.
     """
-    x = _checked_input(x)
-    grouped = _grouped(x, num_groups)
+    x = checked_input(x)
+    grouped = in_groups(x, num_groups)
     normalized = standardize(grouped, range(2, grouped.ndim), eps=eps).normalized.reshape(x.shape)
-    return _per_channel("weight", weight, x, default=1) * normalized + _per_channel("bias", bias, x, default=0)
+    return per_channel("weight", weight, x, default=1) * normalized + per_channel("bias", bias, x, default=0)
 
 
 def group_norm_backward(
@@ -354,14 +314,14 @@ def group_norm_backward(
     grad_weight = sum(grad_output * normalized)
     grad_bias   = sum(grad_output)                            both over N and S
     """
-    x = _checked_input(x)
-    grad_output, grouped = _checked_grad_output(grad_output, x), _grouped(x, num_groups)
+    x = checked_input(x)
+    grad_output, grouped = checked_grad_output(grad_output, x), in_groups(x, num_groups)
     axes = range(2, grouped.ndim)
     normalized, _, _, invstd, _ = standardize(grouped, axes, eps=eps)
-    grad_normalized = grad_output * _per_channel("weight", weight, x, default=1)
-    grad_grouped = standardize_backward(grad_normalized.reshape(grouped.shape), normalized, invstd=invstd, axes=axes)
-    affine_gradients = _affine_backward(grad_output, normalized.reshape(x.shape), _all_but_channels(x))
-    return Gradients(grad_grouped.reshape(x.shape), *affine_gradients)
+    grad_normalized = grad_output * per_channel("weight", weight, x, default=1)
+    gradgrouped = standardize_backward(grad_normalized.reshape(grouped.shape), normalized, invstd=invstd, axes=axes)
+    affine_gradients = _affine_backward(grad_output, normalized.reshape(x.shape), all_but_channels(x))
+    return Gradients(gradgrouped.reshape(x.shape), *affine_gradients)
 
 
 def dropout(x: ArrayLike, p: float, *, generator: np.random.Generator) -> DropoutOutput:
@@ -376,118 +336,22 @@ def dropout(x: ArrayLike, p: float, *, generator: np.random.Generator) -> Dropou
     """
     if not 0 <= p < 1:
         raise ValueError(f"expected p in [0, 1), got {p}: it is the probability to drop, and something has to be kept")
-    x = _float64(x)
+    x = float64_array(x)
     mask = (generator.random(x.shape) >= p) / (1 - p)
     return DropoutOutput(x * mask, mask)
 
 
 def dropout_backward(grad_output: ArrayLike, mask: ArrayLike) -> Array:
     """Return grad_input = grad_output * mask, with the mask that `dropout` returned."""
-    mask = _float64(mask)
-    return _checked_grad_output(grad_output, mask) * mask
-
-
-def numerical_gradient(
-    f: Callable[[Array], ArrayLike], x: ArrayLike, grad_output: ArrayLike, *, h: float = 1e-5
-) -> Array:
-    """Return the gradient of sum(f(x) * grad_output) with respect to x by central differences, two calls per element.
-
-        gradient[i] = sum((f(x + h * e_i) - f(x - h * e_i)) * grad_output) / (2 * h)
-
-    Args:
-        grad_output: the shape of f(x).
-        h: truncation grows with h^2 and rounding with 1e-16 / h; both are small near the cube root of 1e-16.
-    """
-    x = _float64(x)
-    gradient = np.empty_like(x)
-    for index in np.ndindex(x.shape):
-        above, below = x.copy(), x.copy()
-        above[index] += h
-        below[index] -= h
-        difference = _float64(f(above)) - _float64(f(below))
-        gradient[index] = (difference * _checked_grad_output(grad_output, difference)).sum() / (2 * h)
-    return gradient
-
-
-def relative_error(x: ArrayLike, y: ArrayLike) -> float:
-    """Return max |x - y| / max(1e-8, |x| + |y|) over all elements: 0 for empty arrays, NaN where there is a NaN."""
-    x, y = _float64(x), _float64(y)
-    if x.shape != y.shape:
-        raise ValueError(f"expected two arrays of one shape, got {x.shape} and {y.shape}")
-    return float(np.max(np.abs(x - y) / np.maximum(1e-8, np.abs(x) + np.abs(y)), initial=0))
-
-
-def _count(x: Array, axes: tuple[int, ...]) -> int:
-    return math.prod(x.shape[axis] for axis in axes)
-
-
-def _mean(x: Array, axes: tuple[int, ...]) -> Array:
-    return x.sum(axes, keepdims=True) / max(_count(x, axes), 1)
-
-
-def _invstd(var: Array, eps: float) -> Array:
-    if not eps >= 0:
-        raise ValueError(f"expected eps >= 0, got {eps}: it is added to a variance; torch's default is 1e-5")
-    with np.errstate(divide="ignore"):  # eps = 0 and no variance: there is no scale, and inf says so
-        return 1 / np.sqrt(var + eps)
+    mask = float64_array(mask)
+    return checked_grad_output(grad_output, mask) * mask
 
 
 def _normalize(x: Array, running: RunningStats, eps: float) -> tuple[Array, Array]:
-    mean = _per_channel("running_mean", running.running_mean, x)
-    invstd = _invstd(_per_channel("running_var", running.running_var, x), eps)
+    mean = per_channel("running_mean", running.running_mean, x)
+    invstd = invstd_of(per_channel("running_var", running.running_var, x), eps)
     return (x - mean) * invstd, invstd
 
 
 def _affine_backward(grad_output: Array, normalized: Array, axes: Sequence[int]) -> tuple[Array, Array]:
     return (grad_output * normalized).sum(tuple(axes)), grad_output.sum(tuple(axes))
-
-
-def _float64(x: ArrayLike) -> Array:
-    return np.asarray(x, dtype=np.float64)
-
-
-def _checked_input(x: ArrayLike) -> Array:
-    x = _float64(x)
-    if x.ndim < 2:
-        raise ValueError(f"expected input of shape (N, C) or (N, C, *S), got {x.shape}: add the missing axes")
-    return x
-
-
-def _checked_grad_output(grad_output: ArrayLike, x: Array) -> Array:
-    grad_output = _float64(grad_output)
-    if grad_output.shape != x.shape:
-        raise ValueError(f"expected grad_output of shape {x.shape}, that of the output, got {grad_output.shape}")
-    return grad_output
-
-
-def _filled(name: str, value: Parameter, shape: tuple[int, ...], *, default: float | None = None) -> Array:
-    if value is None:
-        if default is None:
-            raise ValueError(f"expected {name} of shape {shape}, got None")
-        return np.full(shape, default, np.float64)
-    array = _float64(value)
-    if array.shape != shape:
-        raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")
-    return array
-
-
-def _per_channel(name: str, value: Parameter, x: Array, *, default: float | None = None) -> Array:
-    channels = x.shape[1]
-    return _filled(name, value, (channels,), default=default).reshape(channels, *(1,) * (x.ndim - 2))
-
-
-def _all_but_channels(x: Array) -> tuple[int, ...]:
-    return (0, *range(2, x.ndim))
-
-
-def _last_axes(x: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"expected an input that ends in normalized_shape {shape}, got {x.shape}")
-    return tuple(range(x.ndim - len(shape), x.ndim))
-
-
-def _grouped(x: Array, num_groups: int) -> Array:
-    channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"expected num_groups to divide the {channels} channels of the input, got {num_groups}")
-    return x.reshape(x.shape[0], num_groups, channels // num_groups, *x.shape[2:])

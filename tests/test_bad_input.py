@@ -1,7 +1,10 @@
 """Bad input is refused by every rank at once, and the group works on afterwards."""
 
 import re
+import time
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +20,14 @@ BAD = {
     "complex": (torch.randn(4, 3, dtype=torch.complex64), "expected input of a floating dtype, got torch.complex64"),
     "float64": (torch.randn(4, 3, dtype=torch.float64), "expected input of torch.float32 like the parameters"),
     "device": (torch.empty(4, 3, 2, device="meta"), "expected input on cpu like the parameters, got meta"),
+    "list": ([GOOD], "expected input to be a torch.Tensor, got list: pass one tensor"),
+    "none": (None, "expected input to be a torch.Tensor, got NoneType"),
+    "array": (GOOD.numpy(), "expected input to be a torch.Tensor, got ndarray"),
+    "sparse": (GOOD.to_sparse(), "expected input to be a dense tensor, got layout torch.sparse_coo"),
+    "nested": (
+        torch.nested.nested_tensor(list(GOOD), layout=torch.strided),
+        "expected input to be a dense tensor, got a nested tensor",
+    ),
 }
 
 
@@ -28,11 +39,11 @@ def test_one_process_refuses_it_with_what_must_hold_what_came_and_what_to_do(nam
         syncbn.SyncBatchNorm(3).train(training)(x)
 
 
-def refusals(bad: dict) -> list[str]:
+def refusals() -> list[str]:
     """Give rank 1 each bad input in turn, and every rank good input after it."""
     messages = []
     layer = syncbn.SyncBatchNorm(3)
-    for x, _ in bad.values():
+    for x, _ in BAD.values():
         before = {name: value.clone() for name, value in layer.state_dict().items()}
         try:
             layer(x if dist.get_rank() == 1 else GOOD)
@@ -45,13 +56,12 @@ def refusals(bad: dict) -> list[str]:
 
 
 def test_one_rank_with_bad_input_makes_every_rank_raise_at_once_and_nothing_is_lost():
-    bad = {name: case for name, case in BAD.items() if name != "device"}  # a meta tensor cannot be sent
-    ranks = run_ranks(3, refusals, bad)
-    for message, (_, expected) in zip(ranks[1], bad.values(), strict=True):
+    ranks = run_ranks(3, refusals)
+    for message, (_, expected) in zip(ranks[1], BAD.values(), strict=True):
         assert re.search(expected, message)
     for rank in (0, 2):
         assert ranks[rank] == ["expected valid input on every rank, got a refusal from another rank of the group: its "
-                               "error says why"] * len(bad)  # fmt: skip
+                               "error says why"] * len(BAD)  # fmt: skip
 
 
 def refuse_functional(shapes: list[tuple[int, ...]]) -> str:
@@ -76,19 +86,175 @@ def test_the_functional_form_wants_one_value_per_channel_of_everything(name, tra
         syncbn.sync_batch_norm(GOOD, **tensors | {name: torch.ones(2)}, training=training)
 
 
-def refuse_something_else() -> str:
-    """Rank 1 fails in the check by an error that is no ValueError."""
-    try:
-        syncbn.SyncBatchNorm(3)(GOOD, residual=None if dist.get_rank() == 0 else "not a tensor")
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
+class FailsIn(torch.Tensor):
+    """A tensor for which one operation has no memory left."""
+
+    operation = "sum"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ == cls.operation:
+            raise MemoryError(f"no room for {func.__name__}")
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_peers_are_released_whatever_the_check_raises():
-    first, second = run_ranks(2, refuse_something_else)
-    assert "refusal from another rank" in first
-    assert second.startswith("AttributeError")
+class Broken:
+    """An input that fails in whatever is asked of it."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name}")
+
+
+class Scale(torch.nn.Module):
+    def forward(self, weight):
+        raise FloatingPointError("no weight today")
+
+
+class ChecksItself(torch.nn.BatchNorm1d):
+    """A subclass that refuses in its own forward, before torch's."""
+
+    def forward(self, input):
+        assert input.shape[-1] == 2, "expected length 2"
+        return super().forward(input)
+
+
+class CallsTheFunction(torch.nn.BatchNorm1d):
+    def forward(self, input):
+        assert input.shape[-1] == 2, "expected length 2"
+        return torch.nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+
+
+def broken_weight() -> torch.nn.Module:
+    layer = syncbn.SyncBatchNorm(3)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Scale(), unsafe=True)
+    return layer
+
+
+def functional(x, **arguments):
+    return syncbn.sync_batch_norm(x, None, None, training=True, **arguments)
+
+
+LAYER = syncbn.SyncBatchNorm
+FAULTS = {  # what rank 1 calls, what the others call, and the error of rank 1
+    "no memory": (lambda: LAYER(3)(GOOD.as_subclass(FailsIn)), lambda: LAYER(3)(GOOD), "got on this one MemoryError"),
+    "residual": (lambda: LAYER(3)(GOOD, residual="x"), lambda: LAYER(3)(GOOD), "expected residual to be a torch.Ten"),
+    "mask": (lambda: LAYER(3)(GOOD, mask=[True]), lambda: LAYER(3)(GOOD), "expected mask to be a torch.Tensor, got li"),
+    "broken": (lambda: LAYER(3)(Broken()), lambda: LAYER(3)(GOOD), "expected input to be a torch.Tensor, got Broken"),
+    "parametrized": (lambda: broken_weight()(GOOD), lambda: LAYER(3)(GOOD), "FloatingPointError: no weight today"),
+    "nothing on a device": (
+        lambda: LAYER(3, device="meta")(None), lambda: LAYER(3)(GOOD), "expected input to be a torch.Tensor",
+    ),
+    "subclass": (
+        lambda: syncbn.convert_sync_batchnorm(ChecksItself(3))(GOOD[..., :1]),
+        lambda: syncbn.convert_sync_batchnorm(ChecksItself(3))(GOOD),
+        "the all-reduce of SyncChecksItself, got on this one AssertionError: expected length 2",
+    ),
+    "subclass with a function": (
+        lambda: syncbn.convert_sync_batchnorm(CallsTheFunction(3))(GOOD[..., :1]),
+        lambda: syncbn.convert_sync_batchnorm(CallsTheFunction(3))(GOOD),
+        "AssertionError: expected length 2",
+    ),
+    "function, weight": (
+        lambda: functional(GOOD, weight="x"), lambda: functional(GOOD), "expected weight to be a torch.Tensor or None",
+    ),
+    "function, activation": (
+        lambda: functional(GOOD, activation=[]), lambda: functional(GOOD), "unhashable|expected activation",
+    ),
+    "function, device": (
+        lambda: functional(GOOD.to("meta"), residual=GOOD), lambda: functional(GOOD), "expected a residual on meta",
+    ),
+    "function, no batch dimension": (
+        lambda: functional(GOOD[0, :, 0]), lambda: functional(GOOD), r"expected input of shape \(N, C\)",
+    ),
+}  # fmt: skip
+
+
+def meet_faults() -> list[tuple[str, float]]:
+    """Let rank 1 meet each fault in turn, and every rank a good call after it."""
+    found = []
+    for fault, good, _ in FAULTS.values():
+        start = time.monotonic()
+        try:
+            (fault if dist.get_rank() == 1 else good)()
+            message = "accepted"
+        except ValueError as error:
+            message = f"{error} {getattr(error, '__notes__', '')}"
+        found.append((message, time.monotonic() - start))
+        assert LAYER(3)(GOOD).isfinite().all()
+    return found
+
+
+def test_whatever_one_rank_meets_before_the_all_reduce_is_a_value_error_on_every_rank_at_once():
+    ranks = run_ranks(3, meet_faults)
+    for name, own, *others in zip(FAULTS, ranks[1], ranks[0], ranks[2], strict=True):
+        assert re.search(FAULTS[name][2], own[0]), (name, own[0])
+        for message, seconds in others:
+            assert "refusal from another rank" in message, (name, message)
+            assert seconds < 5
+
+
+def input_that_tells_nothing() -> str:
+    if dist.get_rank() == 0:
+        return ""
+    with pytest.raises(ValueError, match="got list") as error:
+        functional([GOOD])
+    return error.value.__notes__[0]
+
+
+def test_a_rank_that_cannot_tell_the_others_says_so():
+    assert "The other ranks of the group were not told" in run_ranks(2, input_that_tells_nothing)[1]
+
+
+def fail_to_unpack(tensor):
+    raise MemoryError("no room to unpack")
+
+
+def meet_faults_in_backward() -> list[tuple[str, str]]:
+    found = []
+    for fault in ("version", "unpack", "create_graph"):
+        layer, x = LAYER(3, activation="relu"), GOOD.clone().requires_grad_()
+        is_at_fault = dist.get_rank() == 1
+        unpacks_badly = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, fail_to_unpack)
+        with unpacks_badly if is_at_fault and fault != "version" else nullcontext():
+            y = layer(x)
+        if is_at_fault and fault == "version":
+            with torch.no_grad():
+                layer.weight.add_(1)
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="expected") as error:
+            torch.autograd.grad(y, x, torch.ones_like(y), create_graph=fault == "create_graph")
+        assert time.monotonic() - start < 5
+        found.append(str(error.value))
+        x = GOOD.clone().requires_grad_()
+        LAYER(3)(x).square().sum().backward()
+        assert x.grad.isfinite().all()
+    return found
+
+
+def test_whatever_one_rank_meets_in_backward_is_a_value_error_on_every_rank_at_once():
+    first, second, third = run_ranks(3, meet_faults_in_backward)
+    assert first == third
+    assert all("refusal from another rank" in message for message in first)
+    assert "RuntimeError: one of the variables needed for gradient computation has been modified" in second[0]
+    assert all("MemoryError: no room to unpack" in message for message in second[1:])
+
+
+def gradients_that_overflow() -> list[float]:
+    x = GOOD.clone().requires_grad_()
+    LAYER(3)(x).backward(torch.full_like(x, torch.nan if dist.get_rank() == 1 else 1.0))
+    return x.grad.flatten().tolist()
+
+
+def test_gradients_of_nan_on_one_rank_are_no_refusal():
+    for grad in run_ranks(2, gradients_that_overflow):
+        assert np.isnan(grad).all()
+
+
+def test_in_one_process_an_error_keeps_its_class():
+    with pytest.raises(MemoryError):
+        LAYER(3)(GOOD.as_subclass(FailsIn))
 
 
 def refused_with_running_statistics() -> list[torch.Tensor]:

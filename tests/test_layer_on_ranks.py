@@ -218,12 +218,42 @@ def test_the_output_keeps_its_accuracy_at_a_mean_of_ten_thousand_standard_deviat
     np.testing.assert_allclose(output.double().numpy(), expected, rtol=0, atol=4e-6)
 
 
-def test_one_process_keeps_what_float64_can_hold():
-    # as sum and sum of squares in float64 nothing would be left at a mean of 1e9 standard deviations
-    x = 1e9 + torch.randn(64, 3, dtype=torch.float64)
+def train_on_constants(sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    constants = torch.tensor([0.1, -1 / 3, 7e4, 0.0, 1e-30, 3.0], dtype=dtype).view(1, 6, 1)
+    found = []
+    for create_graph in (False, True):
+        torch.manual_seed(0)
+        layer = syncbn.SyncBatchNorm(6, eps=0.0, activation="leaky_relu", dtype=dtype)
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.normal_(layer.bias)
+        x = constants.expand(sizes[dist.get_rank()], 6, 5).clone().requires_grad_()
+        y = layer(x)
+        leaves = [x, layer.weight, layer.bias]
+        grads = torch.autograd.grad(y, leaves, torch.randn(y.shape, dtype=dtype), create_graph=create_graph)
+        if create_graph:
+            loss = sum(grad.square().sum() for grad in grads)
+            grads = [*grads, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
+        expected = torch.nn.functional.leaky_relu(layer.bias).view(1, 6, 1).expand(y.shape)
+        found += [y.detach() - expected.detach(), *(grad.detach() for grad in grads)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(4,), (3, 1), (0, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8)], ids=str)
+def test_constant_channels_without_eps_yield_the_bias_and_finite_gradients_of_any_order(sizes, dtype):
+    for found in run_ranks(len(sizes), train_on_constants, sizes, dtype):
+        for tensor in found:
+            assert tensor.isfinite().all()
+        assert found[0].abs().sum() == found[4].abs().sum() == 0
+
+
+@pytest.mark.parametrize("mean_over_std", [1e2, 1e4, 1e6])
+def test_one_process_loses_no_more_than_the_wire_does(mean_over_std):
+    x = mean_over_std + torch.randn(64, 3, dtype=torch.float64)
     layer = syncbn.SyncBatchNorm(3, momentum=1.0, dtype=torch.float64)
     layer(x)
-    np.testing.assert_allclose(layer.running_var.numpy(), x.numpy().var(0, ddof=1), rtol=1e-9)
+    rtol = 1e-15 * mean_over_std**2
+    np.testing.assert_allclose(layer.running_var.numpy(), x.numpy().var(0, ddof=1), rtol=rtol)
 
 
 # Several steps, groups of layers, DDP

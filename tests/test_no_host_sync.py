@@ -1,17 +1,23 @@
 """Forward and backward never make the host wait for the device: nothing is read back, nothing depends on data."""
 
 import os
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
+READS = {
+    *("cpu", "numpy", "tolist", "item", "__array__", "__bool__", "__float__", "__int__", "__index__", "__contains__"),
+    *("data_ptr", "__dlpack__", "__format__", "__repr__"),
+}
 
 
 class FailOnHostSync(TorchDispatchMode):
@@ -31,8 +37,32 @@ class FailOnHostSync(TorchDispatchMode):
         return result
 
 
-def take_steps(layer: syncbn.SyncBatchNorm, x: torch.Tensor, grad_output: torch.Tensor, mask: torch.Tensor) -> None:
-    with FailOnHostSync():
+class FailOnRead(TorchFunctionMode):
+    """Raises on every method by which Python code reads a value; on CPU such a read is no operation."""
+
+    def __init__(self, may_read=lambda tensor: False):
+        super().__init__()
+        self.may_read = may_read
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in READS or self.may_read(args[0]), f"{name} reads a tensor of shape {tuple(args[0].shape)}"
+        return func(*args, **(kwargs or {}))
+
+
+class NoHostSync(ExitStack):
+    """Both of them."""
+
+    def __init__(self, may_read=lambda tensor: False):
+        super().__init__()
+        self.enter_context(FailOnHostSync())
+        self.enter_context(FailOnRead(may_read))
+
+
+def take_steps(
+    layer: syncbn.SyncBatchNorm, x: torch.Tensor, grad_output: torch.Tensor, mask: torch.Tensor, may_read
+) -> None:
+    with NoHostSync(may_read):
         layer(x).backward(grad_output)
         layer(x, residual=x, mask=mask).backward(grad_output)
         (grad,) = torch.autograd.grad(layer(x), x, grad_output, create_graph=True)
@@ -41,11 +71,17 @@ def take_steps(layer: syncbn.SyncBatchNorm, x: torch.Tensor, grad_output: torch.
         layer(x, residual=x, mask=mask).backward(grad_output)
 
 
+def is_reduced_vector(tensor: torch.Tensor) -> bool:
+    """Return whether it comes from an all-reduce: on CPU the count or refusal in it is read, elsewhere it is not."""
+    return tensor.shape == (7,) and tensor.dtype == torch.float64 and tensor.is_cpu
+
+
 def train(sizes: tuple[int, ...]) -> float:
     os.environ["SYNCBN_BACKEND"] = "torch"  # what other devices than CPU use; that one may read values
     layer = syncbn.SyncBatchNorm(3, momentum=None, activation="relu")
     x = torch.randn(sizes[dist.get_rank()], 3, 4, 4, requires_grad=True)
-    take_steps(layer, x, torch.randn(x.shape), torch.ones(len(x), 1, 4, 4, dtype=torch.bool))
+    mask = torch.ones(len(x), 1, 4, 4, dtype=torch.bool)
+    take_steps(layer, x, torch.randn(x.shape), mask, is_reduced_vector)
     return layer.num_batches_tracked.item()
 
 
@@ -68,12 +104,29 @@ def test_tensors_without_data_go_through(fake_group, dtype):
     layer = syncbn.SyncBatchNorm(3, momentum=None, activation="relu", device="meta")
     x = torch.empty(2, 3, 4, 4, device="meta", dtype=dtype, requires_grad=True)
     mask = torch.empty(2, 1, 4, 4, device="meta", dtype=torch.bool)
-    take_steps(layer, x, torch.empty_like(x, requires_grad=False), mask)
+    take_steps(layer, x, torch.empty_like(x, requires_grad=False), mask, lambda tensor: False)
     assert x.grad.is_meta
     assert layer.running_mean.is_meta
 
 
-def test_the_check_itself_finds_a_host_sync():
-    for offence in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.to("meta")):
-        with pytest.raises(AssertionError), FailOnHostSync():
-            offence(torch.randn(5))
+OFFENCES = {
+    "item": lambda x: x.sum().item(),
+    "boolean index": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "another device": lambda x: x.to("meta"),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "numpy of another shape": lambda x: x.double().reshape(1, 7).numpy(),
+    "tolist": lambda x: x.tolist(),
+    "float": lambda x: float(x[0]),
+    "bool": lambda x: bool(x[0] > 0),
+    "index": lambda x: [1, 2, 3][x.long().clamp(0, 2)[0]],
+    "array": lambda x: x.__array__(),
+    "f-string": lambda x: f"{x[0]:.2f}",
+}
+
+
+@pytest.mark.parametrize("offence", OFFENCES)
+def test_the_check_itself_finds_a_host_sync(offence):
+    with pytest.raises(AssertionError), NoHostSync(is_reduced_vector):
+        OFFENCES[offence](torch.randn(7))
