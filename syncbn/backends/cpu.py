@@ -1,8 +1,10 @@
-"""The ops for contiguous activations on CPU, in few calls: ATen's own normalization kernels do most of the work.
+"""The ops for large contiguous activations on CPU: ATen's own normalization kernels, which read memory less often.
 
-These kernels add up a run of positions in float32 and the runs in float64. They round their results to float32 and do
-not shift their input first. So long runs are passed in parts, and a mean far from 0 is subtracted beforehand.
-`coefficients` are pivot, scale and shift of `(x - pivot) * scale + shift`, (3, C) in the accumulation dtype.
+A training step of one layer takes 0.6 to 0.9 times as long as with plain operations from 2^18 values on, and up to 1.5
+times as long below (AMD EPYC, one thread, 17 shapes of ResNets). These kernels add up a run of positions in float32 and
+the runs in float64. They round their results to float32 and do not shift their input first. So long runs are passed in
+parts, and a mean far from 0 is subtracted beforehand. `coefficients` are pivot, scale and shift of
+`(x - pivot) * scale + shift`, (3, C) in the dtype of x.
 """
 
 import math
@@ -19,7 +21,6 @@ from syncbn.statistics import (
     OutputMask,
     Reduced,
     Running,
-    accumulation_dtype,
     invstd_of,
     local_count,
     pack,
@@ -32,17 +33,15 @@ from syncbn.statistics import (
 MAX_MEAN_OVER_STD = 2.0  # up to which sums about 0 and `x * scale + shift` cost no more than a bit of the result
 MAX_RUN = 1024  # values that a kernel adds up in float32, on 16 accumulators side by side
 MIN_RUN = 16  # below it the parts of a run cost more than they save
-MAX_HALF_ELEMENTS = 2**18  # half precision is converted as a whole, which pays for small tensors only
+MIN_ELEMENTS = 2**18
 
 aten = torch.ops.aten
 
 
 def supports(x: Tensor, mask: Tensor | None) -> bool:
-    """Return whether these ops serve x: contiguous, with more than one position per sample, and no mask."""
-    is_plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
-    if mask is not None or not is_plain or x.dim() < 3 or x.numel() == 0 or not x.is_contiguous():
-        return False
-    if x.dtype in (torch.float16, torch.bfloat16) and x.numel() >= MAX_HALF_ELEMENTS:
+    """Return whether these ops serve x: large, contiguous, float32 or float64, several positions a sample, no mask."""
+    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.dtype in (torch.float32, torch.float64) and not x.is_neg()
+    if mask is not None or not is_plain or x.dim() < 3 or x.numel() < MIN_ELEMENTS or not x.is_contiguous():
         return False
     run = x.numel() // (x.shape[0] * x.shape[1])
     return run > 1 and parts_of_run(run) > 0
@@ -50,12 +49,12 @@ def supports(x: Tensor, mask: Tensor | None) -> bool:
 
 def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the vector of this rank for the all-reduce, from one read of x if its mean is near 0, else from two."""
-    values, count = x.to(accumulation_dtype(x)), local_count(x, None)
-    mean, var = _mean_and_var(values)
-    pivot = _pivot_for(mean, var, values.dtype)
+    mean, var = _mean_and_var(x)
+    pivot = _pivot_for(mean, var, x.dtype)
     if pivot is not None:
-        offset, var = _mean_and_var(values - per_channel(pivot, values))
+        offset, var = _mean_and_var(x - per_channel(pivot, x))
         mean = pivot + offset
+    count = local_count(x, None)
     return pack(count, mean, var.clamp(min=0) * count)
 
 
@@ -75,13 +74,13 @@ def normalize(
     if running is not None:
         update_running_stats_(running, count=count, mean=mean, var=var)
     channels = Channels(mean, invstd_of(var, eps), weight, bias)
-    pivot = _pivot_for(mean, var, accumulation_dtype(x))
+    pivot = _pivot_for(mean, var, x.dtype)
     scale, shift = scale_and_shift(channels)
     shift = shift + ((0 if pivot is None else pivot) - mean) * scale
     rows = (torch.zeros_like(mean) if pivot is None else pivot, scale, shift)
-    channels = channels._replace(coefficients=torch.stack([row.to(accumulation_dtype(x)) for row in rows]))
+    channels = channels._replace(coefficients=torch.stack([row.to(x.dtype) for row in rows]))
     z = _preactivation(_centred(x, channels)[0], channels, epilogue.residual)
-    return ACTIVATIONS[epilogue.activation].apply_(z).to(x.dtype), count, channels
+    return ACTIVATIONS[epilogue.activation].apply_(z), count, channels
 
 
 def backward_reduce(
@@ -92,9 +91,9 @@ def backward_reduce(
     dy = grad_output
     if epilogue.activation != "identity":
         z = _preactivation(values, channels, epilogue.residual)
-        dy = ACTIVATIONS[epilogue.activation].backward(grad_output.to(z.dtype), z).to(x.dtype)
+        dy = ACTIVATIONS[epilogue.activation].backward(grad_output, z)
     origin = mean.to(values.dtype)
-    sum_dy, sum_dy_xmu = _sums(dy.to(values.dtype), values, origin)
+    sum_dy, sum_dy_xmu = _sums(dy, values, origin)
     return reduced_of(sum_dy, sum_dy_xmu + sum_dy * (origin - mean), channels, output_mask, dy)
 
 
@@ -106,7 +105,7 @@ def backward_elemt(
     scale, slope, shift = grad_input_coefficients(channels, count, reduced.sums)
     values, mean = _centred(x, channels)
     grad_input = _affine(values, slope, shift - mean * slope)
-    return grad_input.addcmul_(reduced.dy.to(grad_input.dtype), per_channel(scale, x)).to(x.dtype)
+    return grad_input.addcmul_(reduced.dy, per_channel(scale, x))
 
 
 @lru_cache
@@ -134,16 +133,16 @@ def _pivot_for(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _centred(x: Tensor, channels: Channels) -> tuple[Tensor, Tensor]:
-    """Return `x - pivot` in the accumulation dtype and `mean - pivot`."""
+    """Return `x - pivot` and `mean - pivot`."""
     assert channels.coefficients is not None
-    values, pivot = x.to(accumulation_dtype(x)), channels.coefficients[0]
+    pivot = channels.coefficients[0]
     if not pivot.any().item():
-        return values, channels.mean
-    return values - per_channel(pivot, values), channels.mean - pivot
+        return x, channels.mean
+    return x - per_channel(pivot, x), channels.mean - pivot
 
 
 def _preactivation(values: Tensor, channels: Channels, residual: Tensor | None) -> Tensor:
-    """Return the input of the activation from `x - pivot`, in the accumulation dtype."""
+    """Return the input of the activation from `x - pivot`."""
     assert channels.coefficients is not None
     z = _affine(values, channels.coefficients[1], channels.coefficients[2])
     return z if residual is None else z.add_(residual)
