@@ -1,4 +1,4 @@
-"""The activations that the layer can fuse: each as a function and as its gradient."""
+"""The activations that the layer can fuse: for each one the function and its gradient."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Name a desynchronization instead of hanging: DesyncError, detect_desync, assert_replicas_equal.
 
-Detection announces each call of a layer in the key-value store of torch.distributed. The store is no collective: a rank
-that never arrives keeps the others waiting no longer than the time-out, and its last call can still be read.
+Each call of a layer is announced in the key-value store of torch.distributed. Unlike in a collective, the other ranks
+wait for a missing rank no longer than the time-out, and can read its last call.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ Record = dict[str, Any]
 
 
 class DesyncError(RuntimeError):
-    """Ranks of a group are at different calls of synchronized layers; the message says which rank is where."""
+    """Ranks of a group make different calls of synchronized layers; the message has a table of each rank's call."""
 
 
 @contextmanager
 def detect_desync(timeout_s: float | None = None) -> Iterator[None]:
-    """Within this block, raise DesyncError on every rank where ranks call synchronized layers differently.
+    """Raise DesyncError on every rank if ranks make different calls of synchronized layers in this block.
 
-    Every rank enters and leaves it. `SYNCBN_DETECT_DESYNC=1` in the environment does the same for a whole process. Each
-    call of a layer then costs a few round trips to the store; otherwise detection costs nothing. Layers inside a
-    network under torch.compile are not observed.
+    Every rank must enter and leave the block. `SYNCBN_DETECT_DESYNC=1` in the environment does the same for a whole
+    process. Each call of a layer then costs a few round trips to the store; without detection it costs nothing. Layers
+    inside a compiled network are not observed.
 
     Args:
-        timeout_s: seconds to wait for a rank; by default half of what collectives of the group wait.
+        timeout_s: seconds to wait for a rank; by default half the time-out of the group.
 
     Raises:
-        DesyncError: ranks skip a layer or run another one, are in evaluation, have another number of channels or dtype,
-            disagree on needing gradients, or fail; on every rank that calls a layer or leaves the block.
+        DesyncError: a rank skips a layer, runs another one, runs it in evaluation, with another number of channels or
+            another dtype, needs other gradients, or fails; on every rank that calls a layer or leaves the block.
     """
     global _detector
     outer, _detector = _detector, _Detector(timeout_s)
@@ -63,9 +63,9 @@ def detect_desync(timeout_s: float | None = None) -> Iterator[None]:
 
 
 def announce(x: Any, weight: Any, bias: Any, process_group: Group) -> Record | None:
-    """Agree with the other ranks on the forward pass of a layer; return its record, None while detection is off.
+    """Agree with the other ranks on the forward pass of a layer; return its record, or None without detection.
 
-    x may be anything: bad input is shown beside that of the other ranks.
+    x may be of any type, so that the table can show invalid input of one rank beside the input of the others.
     """
     if _detector is None or torch.compiler.is_compiling() or group_size(process_group) == 1:
         return None
@@ -88,7 +88,7 @@ def _needs_grad(tensor: Any) -> bool:
 
 
 def announce_backward(record: Record | None, process_group: Group) -> None:
-    """Agree with the other ranks on the backward pass of the layer that `announce` has recorded."""
+    """Agree with the other ranks on the backward pass of the forward pass that `announce` returned `record` for."""
     if record is not None and _detector is not None:
         _detector.agree({**record, "pass": "backward"}, process_group)
 
@@ -103,11 +103,11 @@ def note_evaluation(process_group: Group) -> None:
 def assert_replicas_equal(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
     """Check that every rank holds the same parameters and buffers, bit for bit; every rank must call it.
 
-    Of one that is sharded (a DTensor) dtype, shape and placement are compared.
+    For a sharded tensor (a DTensor), dtype, shape and placements are compared.
 
     Raises:
-        AssertionError: names every parameter or buffer that differs, is missing or has another shape or dtype, and the
-            ranks on either side; on every rank.
+        AssertionError: parameters or buffers differ in value, shape or dtype, or are missing on some ranks; on every
+            rank. The message names them and the ranks on either side.
     """
     if group_size(process_group) == 1:
         return
@@ -129,7 +129,7 @@ def assert_replicas_equal(model: nn.Module, process_group: dist.ProcessGroup | N
 
 
 class _Detector:
-    """What this rank has announced so far."""
+    """The calls that this rank has announced so far."""
 
     def __init__(self, timeout_s: float | None) -> None:
         self.timeout_s = timeout_s
@@ -140,7 +140,7 @@ class _Detector:
         self.evaluated: list[str] = []  # layers, since the last call that was agreed on
 
     def follow_modules(self) -> list[Any]:
-        """Learn the qualified names of layers from the modules whose forward they run in; return the hooks' handles."""
+        """Register global hooks that track which module runs, for its qualified name; return their handles."""
 
         def enter(module: nn.Module, args: Any) -> None:
             if torch.compiler.is_compiling():
@@ -156,7 +156,7 @@ class _Detector:
         return [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
 
     def current_layer(self) -> str:
-        """Return the qualified name of the module that runs, as seen from the outermost one."""
+        """Return the name of the running module, qualified from the outermost one."""
         if not self.stack:
             return "sync_batch_norm"
         return self.names.get(id(self.stack[-1])) or type(self.stack[-1]).__name__
@@ -171,7 +171,7 @@ class _Detector:
         store.set(f"last/{own}", json.dumps({**record, "state": state}))
         store.set(f"{number}/{own}", json.dumps({**record, "state": state}))
         self.evaluated.clear()
-        if number > 1:  # all have read it: they have announced the call after it
+        if number > 1:  # every rank has read it, since every rank has announced the next call
             store.delete_key(f"{number - 2}/{own}")
         found, failed = self._wait_for_peers(store, number, ranks, time.monotonic() + self._timeout_s(group))
         if not failed and len(found) == len(ranks) and all(_same_call(record, other) for other in found.values()):
@@ -184,7 +184,7 @@ class _Detector:
         raise DesyncError(_describe(number, found))
 
     def note(self, record: Record, process_group: Group) -> None:
-        """Announce a call that needs no agreement."""
+        """Announce an evaluation call, which needs no agreement."""
         self.evaluated.append(record["layer"])
         self._group_and_store(process_group)[1].set(f"last/{dist.get_rank()}", json.dumps(record))
 
@@ -196,7 +196,7 @@ class _Detector:
                     self.agree({"layer": "(end of detect_desync)"}, group)
 
     def fail(self, reason: str) -> None:
-        """Tell the other ranks, so that they do not wait for this one."""
+        """Tell the other ranks that this one has failed, so that they do not wait for it."""
         if dist.is_available() and dist.is_initialized():
             for group in dict.fromkeys((*self.calls, dist.group.WORLD)):
                 if group_size(group) > 1:
@@ -205,14 +205,14 @@ class _Detector:
     def _wait_for_peers(
         self, store: Any, number: int, ranks: list[int], deadline: float
     ) -> tuple[dict[int, Record], dict[int, str]]:
-        """Return the records of this call by rank, and why ranks that will not announce it have failed."""
+        """Return the records of this call by rank, and the reasons of failed ranks, which will not announce it."""
         found: dict[int, Record] = {}
         failed: dict[int, str] = {}
         while True:
             for rank in ranks:
                 if rank not in found and store.check([f"{number}/{rank}"]):
                     found[rank] = json.loads(store.get(f"{number}/{rank}"))
-                if store.check([f"failed/{rank}"]):  # also one that has been here, but gave up waiting
+                if store.check([f"failed/{rank}"]):  # also a rank that announced this call and gave up waiting
                     failed[rank] = store.get(f"failed/{rank}").decode()
             if len({*found, *failed}) == len(ranks) or time.monotonic() > deadline:
                 return found, failed
@@ -235,7 +235,7 @@ def _same_call(record: Record, other: Record) -> bool:
 
 
 def _describe(number: int, found: dict[int, Record]) -> str:
-    """Return what must hold and a table of what each rank did."""
+    """Return the error message: what must hold, and a table of each rank's call."""
     rows: list[tuple[str, ...]] = [("rank", *COLUMNS)]
     for rank, record in sorted(found.items()):
         values = [record.get(column, "") for column in COLUMNS]
@@ -250,7 +250,7 @@ def _describe(number: int, found: dict[int, Record]) -> str:
 
 
 def _digest(tensor: Any) -> str:
-    """Return what tells this rank's copy from others; for one that cannot be read, why: the others wait for it."""
+    """Return a digest of the tensor, or why it cannot be read: the other ranks wait for an answer."""
     try:
         if hasattr(tensor, "placements"):
             if not all(placement.is_replicate() for placement in tensor.placements):
@@ -265,7 +265,7 @@ def _digest(tensor: Any) -> str:
         return f"cannot be read: {error}"
 
 
-_numbers = count()  # of detectors in the order that all ranks make them, so that one reads no keys of another
+_numbers = count()  # numbers detectors, which all ranks make in the same order: none reads the keys of another
 _detector: _Detector | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0"):
     _detector = _Detector(timeout_s=None)

@@ -1,7 +1,7 @@
 """The only calls that communicate in a training step. A group of one rank never does.
 
-A rank that raises before an all-reduce would leave the others waiting in it. Inside `release_peers` it takes part with
-NaN first, and the others raise as well.
+A rank that raises before an all-reduce would leave the others waiting in it. Inside `release_peers` such a rank first
+takes part with NaN, and the others raise too.
 """
 
 import math
@@ -31,22 +31,22 @@ class release_peers:
 
         with release_peers(process_group, num_features, tensors=(x, weight)) as peers:
             peers.announce(x, weight, bias)
-            vector = ...  # what raises here raises on all ranks
+            vector = ...  # an exception here raises on every rank
             peers.all_reduce_(vector)
-        ...               # what raises here raises on this rank alone
+        ...  # an exception here raises on this rank alone
 
-    A second block of the same `layer` within the first one joins it: the forward of a subclass runs before ours.
+    A nested block of the same `layer` joins the outer one: the forward of a subclass opens one before ours does.
 
     Args:
         process_group: the ranks that enter the block.
-        num_features: C of the vector, which has 2C + 1 numbers; None if unknown, then peers are not released.
-        tensors: some on the device of the vector; of a `layer`, its parameters and buffers are.
-        layer: the module that calls.
+        num_features: C; the vector has 2C + 1 numbers. None if unknown: peers are not released then.
+        tensors: where the vector will be, in the order in which to try their devices.
+        layer: the calling module; the devices of its parameters and buffers are tried as well.
 
     Raises:
-        ValueError: this rank is not a member of `process_group`, on this rank alone; on leaving the block, in place of
-            any other exception than a ValueError in a group of several ranks.
-        DesyncError: with `detect_desync`, ranks differ; on every rank.
+        ValueError: this rank is not a member of `process_group`; on this rank alone. Also raised in place of any other
+            Exception that leaves the block, in a group of several ranks.
+        DesyncError: with `detect_desync`, the ranks make different calls; on every rank.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class release_peers:
             self.record = checks.announce(x, weight, bias, self.process_group)
 
     def announce_backward(self, record: checks.Record | None) -> None:
-        """With `detect_desync`, agree with the other ranks on the backward pass of a forward pass that was recorded."""
+        """With `detect_desync`, agree with the other ranks on the backward pass of the recorded forward pass."""
         checks.announce_backward(record, self.process_group)
 
     def all_reduce_(self, values: Tensor) -> Tensor:
         """Sum `values`, (2C + 1,) float64, over the ranks of the group, in place, and return it.
 
         Raises:
-            ValueError: another rank has refused, and the values are on CPU.
+            ValueError: another rank has raised, and the values are on CPU.
         """
         self.are_waiting = False
         all_reduce_(values, self.process_group)
@@ -111,7 +111,7 @@ class release_peers:
         return values
 
     def differentiable_all_reduce(self, values: Tensor) -> Tensor:
-        """Return the same as a differentiable function of `values`, which stay as they are."""
+        """Return the sum as a differentiable function of `values`, which are not changed."""
         self.are_waiting = False
         total: Tensor = AllReduce.apply(values, self.process_group)
         self._check(total.detach())
@@ -143,7 +143,7 @@ class release_peers:
         error.add_note(f"The other ranks of the group were not told and may wait for this one ({'; '.join(reasons)}).")
 
     def _devices(self) -> list[torch.device]:
-        """Return where the vector may have to be: accelerators first, since what is not moved there is on CPU."""
+        """Return the devices to try: accelerators first, because a tensor on CPU may be one that was not moved."""
         tensors: list[Any] = list(self.tensors)
         if self.layer is not None:
             tensors += [*self.layer.parameters(), *self.layer.buffers()]
@@ -153,7 +153,7 @@ class release_peers:
 
 
 def is_readable(values: Tensor) -> bool:
-    """Return whether the host can look at the values without waiting for a device, and they are not a tracer's."""
+    """Return whether the host can read the values without waiting for a device, and they are not traced."""
     return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -176,7 +176,7 @@ _local = threading.local()
 
 
 def _open_blocks() -> list[release_peers]:
-    """Return the blocks that this thread is in, the innermost last."""
+    """Return the open blocks of this thread, the innermost last."""
     if not hasattr(_local, "blocks"):
         _local.blocks = []
     blocks: list[release_peers] = _local.blocks

@@ -20,7 +20,7 @@ from syncbn import groups
 from syncbn.collectives import release_peers
 from syncbn.functional import is_recomputing, normalize_over_group
 from syncbn.module import BatchNorm, SyncBatchNorm
-from syncbn.statistics import Running
+from syncbn.statistics import Epilogue, Running
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -28,10 +28,10 @@ _PLAIN_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNo
 
 
 def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
-    """Make every batch normalization in `module`, itself included, a `SyncBatchNorm`, in place; return `module`.
+    """Turn every batch normalization in `module`, including itself, into a `SyncBatchNorm`, in place; return `module`.
 
-    BatchNorm1d, 2d, 3d and torch's SyncBatchNorm become `SyncBatchNorm`; a subclass of theirs becomes a class that
-    inherits from both, so that its own methods stay. Layers that are synchronized already only get the process group.
+    BatchNorm1d, 2d, 3d and torch's SyncBatchNorm become `SyncBatchNorm`. A subclass of these becomes a class that
+    inherits from both, so that its own methods stay. For a `SyncBatchNorm`, only the process group is set.
 
     Args:
         process_group: the ranks that share statistics; all of them by default.
@@ -39,9 +39,9 @@ def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | N
     Raises:
         ValueError: a lazy module has not seen its first batch; nothing is converted.
         TypeError: `process_group` is not a process group; nothing is converted.
-        TypeError: a layer cannot be synchronized: a forward that neither leads to torch's by super().forward() nor
-            calls torch's batch_norm function, one that is set on the instance, a subclass of torch's SyncBatchNorm, or
-            one that torch.jit.script has compiled; nothing is converted.
+        TypeError: a layer cannot be synchronized; nothing is converted. These are layers whose forward neither calls
+            super().forward() nor torch's batch_norm function, or is set on the instance; subclasses of torch's
+            SyncBatchNorm; and layers compiled by torch.jit.script.
     """
     groups.check_process_group(process_group)
     layers: list[tuple[str, Any]] = []
@@ -65,13 +65,13 @@ def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | N
 
 
 def revert_sync_batchnorm(module: ModuleT) -> ModuleT:
-    """Give every `SyncBatchNorm` in `module`, itself included, the class it was converted from; return `module`.
+    """Restore the class of every `SyncBatchNorm` in `module`, including itself; return `module`.
 
-    A `SyncBatchNorm` that was constructed as such becomes a `syncbn.BatchNorm`. Statistics and parameters stay.
+    A layer that was constructed as `SyncBatchNorm` becomes a `syncbn.BatchNorm`. Statistics and parameters stay.
 
     Raises:
-        TypeError: the class of a layer has changed after the conversion (parametrizations and fully_shard do that), or
-            it is a subclass of SyncBatchNorm, which has no counterpart without synchronization; nothing is reverted.
+        TypeError: the class of a layer has changed since the conversion (as parametrizations and fully_shard do), or is
+            a subclass of SyncBatchNorm, which has no counterpart without synchronization; nothing is reverted.
     """
     layers: list[tuple[str, Any]] = [
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)
@@ -95,7 +95,7 @@ def revert_sync_batchnorm(module: ModuleT) -> ModuleT:
 
 
 def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
-    """Return the class that `layer` gets; raise for one that cannot be synchronized."""
+    """Return the class for `layer`; raise if it cannot be synchronized."""
     plain_class: Any = type(layer)
     if isinstance(layer, SyncBatchNorm):
         return plain_class
@@ -106,8 +106,8 @@ def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
         )
     if "forward" in vars(layer):
         raise TypeError(
-            f"expected the forward of the class, got a {plain_class.__name__} at '{name}' with one of its own: what it "
-            "calls is out of reach; remove it or subclass the layer"
+            f"expected the forward of the class, got a {plain_class.__name__} at '{name}' with a forward set on the "
+            "instance, which cannot be synchronized: remove it, or subclass the layer"
         )
     if plain_class not in _PLAIN_CLASSES and not _is_within_reach(plain_class):
         raise TypeError(
@@ -122,7 +122,7 @@ def _counterpart(plain_class: Any) -> type[nn.Module]:
 
 
 def _own_forwards(plain_class: Any) -> list[set[str]]:
-    """Return the names used in each forward that may run before torch's own, in the order of the classes."""
+    """Return the names that each forward before torch's own refers to, in the order of the classes."""
     names = []
     for cls in plain_class.__mro__:
         if cls is _BatchNorm:
@@ -134,7 +134,7 @@ def _own_forwards(plain_class: Any) -> list[set[str]]:
 
 
 def _is_within_reach(plain_class: Any) -> bool:
-    """Return whether every forward calls torch's batch_norm function, or the next forward in line by super()."""
+    """Return whether every forward calls torch's batch_norm function or super().forward()."""
     if issubclass(plain_class, nn.SyncBatchNorm):
         return False
     for names in _own_forwards(plain_class):
@@ -146,7 +146,7 @@ def _is_within_reach(plain_class: Any) -> bool:
 
 
 class _SyncedFunctional(TorchFunctionMode):
-    """Within it, torch's batch_norm functions in training are ours, over the group of the block `peers`."""
+    """Replaces torch's batch_norm functions by ours in training, over the group of the block `peers`."""
 
     def __init__(self, peers: release_peers) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class _SyncedFunctional(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Do what torch.nn.functional.batch_norm with these arguments would, over the group in training."""
+        """Compute torch.nn.functional.batch_norm, over the group in training."""
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         has_both = running_mean is not None and running_var is not None
@@ -180,9 +180,7 @@ class _SyncedFunctional(TorchFunctionMode):
             input,
             weight,
             bias,
-            residual=None,
-            mask=None,
-            activation="identity",
+            Epilogue(),
             num_features=self.peers.num_features,
             eps=eps,
             running=Running(running_mean, running_var, None, momentum) if has_both else None,  # type: ignore[arg-type]
@@ -200,15 +198,15 @@ class _SyncedFunctional(TorchFunctionMode):
         eps: float,
         cudnn_enabled: bool,
     ) -> Tensor:
-        """Do what torch.batch_norm with these arguments would, over the group in training."""
+        """Compute torch.batch_norm, over the group in training."""
         return self.functional(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @cache
 def _synced_subclass(plain_class: Any) -> type[nn.Module]:
-    """Return a class with the forward of `plain_class`, in which normalization in training is synchronized.
+    """Return a class with the forward of `plain_class` whose normalization is synchronized in training.
 
-    What it calls as `super().forward()` is then that of SyncBatchNorm; what it calls as `batch_norm` is intercepted.
+    Its `super().forward()` is that of SyncBatchNorm; calls of torch's batch_norm functions are intercepted.
     """
 
     calls_functional = any("batch_norm" in names for names in _own_forwards(plain_class))
@@ -222,11 +220,11 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
                 peers.announce(args[0] if args else None, self.weight, self.bias)
                 with _SyncedFunctional(peers) if calls_functional else nullcontext():
                     return plain_class.forward(self, *args, **kwargs)
-        finally:  # a recomputation ends by an exception, as soon as it has what it needs
+        finally:  # checkpointing ends a recomputation by an exception once it has all tensors
             if tracked is not None:
                 self.num_batches_tracked.copy_(tracked)
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # the class has no module to be found in
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle cannot import a class made here
         return _rebuild, (plain_class,), self.__getstate__()
 
     members: dict[str, Any] = {"__reduce_ex__": reduce, "forward": forward}

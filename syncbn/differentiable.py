@@ -1,7 +1,7 @@
 """The backward pass as a graph of differentiable operations, so that derivatives of any order exist.
 
-The forward pass is written once more in such operations and differentiated: two all-reduces on every rank, whether or
-not its x needs a gradient.
+The forward pass is computed again in such operations and differentiated. Every rank takes part in two all-reduces,
+whether or not its x needs a gradient.
 """
 
 import torch
@@ -22,7 +22,7 @@ from syncbn.statistics import (
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether it stands for several tensors: `is_grads_batched`, or vmap over `torch.autograd.grad`."""
+    """Return whether vmap has batched the tensor: under `is_grads_batched`, or vmap over `torch.autograd.grad`."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
 
 
@@ -54,13 +54,13 @@ def backward(
         residual = epilogue.residual
         if needs_residual and residual is None:
             residual = torch.zeros_like(x, requires_grad=True)
-        # Views: differentiation stops there, although one input may have been computed from another.
+        # Views, so that differentiation stops there even if one input was computed from another.
         x = x.view_as(x)
         weight, bias, residual = (t if t is None else t.view_as(t) for t in (weight, bias, residual))
         epilogue = epilogue._replace(residual=residual)
         y = _forward(x, weight, bias, epilogue, count=count, pivot=mean, eps=eps, peers=peers)
         inputs = [x, *(t for t, needs in zip((weight, bias, residual), needs_grad[1:], strict=True) if needs)]
-        # x is always among them: every rank takes part in the second all-reduce
+        # always with x: every rank has to take part in the second all-reduce
         grads = iter(torch.autograd.grad(y, inputs, grad_output, create_graph=True))  # type: ignore[arg-type]
     grad_input = next(grads)
     return grad_input if needs_x else None, *(next(grads) if needs else None for needs in needs_grad[1:])
@@ -77,7 +77,7 @@ def _forward(
     eps: float,
     peers: release_peers,
 ) -> Tensor:
-    """Return y; `pivot` is the mean of the group as a constant, about which nothing cancels."""
+    """Return y; `pivot` is the mean of the group as a constant, subtracted first so that nothing cancels."""
     residual, mask, activation = epilogue
     dims = reduced_dims(x)
     centred = apply_mask(x - per_channel(pivot, x), mask)

@@ -13,8 +13,8 @@ from syncbn.statistics import Channels, Epilogue, OutputMask, Running, match_lay
 class SyncBatchNormFunction(torch.autograd.Function):
     """Normalize over the batch of all ranks: one all-reduce forward, one backward.
 
-    A backward pass always communicates, whatever gradients this rank needs: ranks that differ in that stay in step.
-    It keeps x, per-channel values, a mask if there is one, and the residual only if there is an activation behind it.
+    A backward pass always communicates, whichever gradients this rank needs, so that ranks with different needs stay in
+    step. Kept for backward: x, per-channel values, the mask, and the residual if an activation follows it.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
         ctx.backend, ctx.eps, ctx.activation = backend, eps, activation
         ctx.process_group, ctx.record = peers.process_group, peers.record
-        kept = None if activation == "identity" else residual  # its values do not matter there
+        kept = None if activation == "identity" else residual  # backward of the identity does not read it
         ctx.save_for_backward(x, weight, bias, kept, mask, count, channels.mean, channels.invstd, channels.coefficients)
         return y
 
@@ -58,7 +58,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             peers.announce_backward(ctx.record)
             x, weight, bias, residual, mask, count, mean, invstd, coefficients = ctx.saved_tensors
             epilogue = Epilogue(residual, mask, ctx.activation)
-            is_compiling = torch.compiler.is_compiling()  # gradients may be enabled there too, and are not needed
+            is_compiling = torch.compiler.is_compiling()  # gradients may be enabled there without create_graph
             if not is_compiling and (torch.is_grad_enabled() or differentiable.is_batched(grad_output)):
                 grads = differentiable.backward(
                     grad_output, x, weight, bias, epilogue, ctx.needs_input_grad[:4],
@@ -79,15 +79,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
 def _check_count(packed: Tensor, x: Tensor, mask: Tensor | None, ranks: int) -> None:
     """Raise ValueError, on every rank, if there is one value per channel over all ranks.
 
-    The count of an accelerator makes the host wait. A rank with two values or more knows that it is not 1; only the
-    others look.
+    On an accelerator, reading the count makes the host wait. A rank with two values or more knows that it is not 1, so
+    only the other ranks read it.
     """
     count: float = x.numel() // x.shape[1]
     if ranks > 1 or mask is not None:
         may_wait = packed.is_cuda and count <= 1 and mask is None and not torch.compiler.is_compiling()
         if not collectives.is_readable(packed) and not (may_wait and not torch.cuda.is_current_stream_capturing()):
             return
-        count = packed.detach().cpu().numpy()[0]  # tracers refuse item()
+        count = packed.detach().cpu().numpy()[0]  # .item() fails under tracing
     if count == 1:
         raise ValueError(
             f"expected more than 1 value per channel when training, got 1 over all {ranks} ranks (here: input of shape "

@@ -10,7 +10,7 @@ from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
-from syncbn.statistics import Running, apply_mask
+from syncbn.statistics import Epilogue, Running, apply_mask
 
 
 def sync_batch_norm(
@@ -34,11 +34,11 @@ def sync_batch_norm(
 
     Args:
         input: (N, C) to (N, C, D, H, W), floating point, on any device; N and the spatial size may differ by rank.
-        running_mean: (C,), updated in place in training; used in place of batch statistics otherwise.
-        running_var: (C,), likewise; the batch enters with its unbiased variance.
+        running_mean: (C,), updated in place in training; replaces the batch mean otherwise.
+        running_var: (C,), likewise; updated with the unbiased variance of the batch.
         weight: (C,) or None.
         bias: (C,) or None.
-        training: normalize with the statistics of the batch and update the running ones.
+        training: normalize with the statistics of the batch and update the running statistics.
         momentum: weight of the batch in the running statistics (torch's convention).
         eps: added to the variance.
         process_group: the ranks that share statistics; all of them by default.
@@ -50,19 +50,20 @@ def sync_batch_norm(
         `activation(bn(input) + residual)`, like `input` in shape, dtype and memory format.
 
     Raises:
-        ValueError: an argument does not fit; in training on every rank of the group, so that none is left waiting.
-        ValueError: one value per channel over all ranks in training, on every rank.
+        ValueError: an argument is invalid. In training, every rank of the group raises, so that none waits for a rank
+            that has failed; so it does for any other error before the all-reduce.
+        ValueError: in training, one value per channel over all ranks; on every rank.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
     """
     tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
     known = next((tensor for tensor in tensors.values() if isinstance(tensor, Tensor)), None)
     num_features = None if known is None else known.numel()
-    epilogue: dict[str, Any] = {"residual": residual, "mask": mask, "activation": activation}
+    epilogue = Epilogue(residual, mask, activation)
     if not training:
         check_activation(activation)
         _check_per_channel(num_features, tensors)
-        return evaluate(input, running_mean, running_var, weight, bias, num_features=num_features, eps=eps, **epilogue)
+        return evaluate(input, weight, bias, epilogue, running_mean, running_var, num_features=num_features, eps=eps)
     with release_peers(process_group, num_features, tensors=(known, input)) as peers:
         peers.num_features = _num_channels(input) if num_features is None else num_features
         peers.announce(input, weight, bias)
@@ -72,7 +73,7 @@ def sync_batch_norm(
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, None, momentum)
         return normalize_over_group(
-            peers, input, weight, bias, num_features=num_features, eps=eps, running=running, **epilogue
+            peers, input, weight, bias, epilogue, num_features=num_features, eps=eps, running=running
         )
 
 
@@ -81,10 +82,8 @@ def normalize_over_group(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    epilogue: Epilogue,
     *,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
     num_features: int | None,
     eps: float,
     running: Running | None,
@@ -93,15 +92,16 @@ def normalize_over_group(
     """Return `activation(temperature * bn(x) + residual)` over the group of `peers`; move the running statistics.
 
     Args:
-        peers: the block that this call stands in.
+        peers: the block that surrounds this call.
         num_features: C if it is known without x.
         running: moved in place, but not while a checkpoint recomputes.
 
     Raises:
         ValueError: as `sync_batch_norm`.
     """
+    residual, mask, activation = epilogue
     parameter = _first(weight, None if running is None else running.mean, bias)
-    check_input(x, num_features=num_features, parameter=parameter, residual=residual, mask=mask)
+    check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
     moved = (None, None, None, None) if running is None or is_recomputing() else running
     y: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
@@ -110,27 +110,26 @@ def normalize_over_group(
 
 def evaluate(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    epilogue: Epilogue,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     *,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
     num_features: int | None,
     eps: float,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the same from running statistics, in operations that every exporter knows; nothing communicates.
+    """Return the same with running statistics, in operations that every exporter supports; nothing communicates.
 
     Raises:
         ValueError: an argument does not fit; on this rank alone.
     """
+    residual, mask, activation = epilogue
     parameter = _first(weight, running_mean, bias)
-    check_input(x, num_features=num_features, parameter=parameter, residual=residual, mask=mask)
+    check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
-    if running_mean is not None:  # FSDP casts parameters and not buffers; torch wants them alike
+    if running_mean is not None:  # FSDP casts parameters and not buffers; torch requires one dtype
         weight, bias = (p if p is None else p.to(running_mean.dtype) for p in (weight, bias))
     y = F.batch_norm(apply_mask(x, mask), running_mean, running_var, weight, bias, False, 0.0, eps)
     if residual is not None:
@@ -139,34 +138,28 @@ def evaluate(
 
 
 def is_recomputing() -> bool:
-    """Return whether this forward pass runs inside a backward pass: activation checkpointing repeats it there."""
+    """Return whether this forward pass runs inside a backward pass, as activation checkpointing does."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def check_input(
-    x: Tensor,
-    *,
-    num_features: int | None,
-    parameter: Tensor | None,
-    residual: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> None:
-    """Raise if x cannot be normalized.
+def check_input(x: Tensor, epilogue: Epilogue, *, num_features: int | None, parameter: Tensor | None) -> None:
+    """Raise if x cannot be normalized, or the epilogue does not fit x.
 
     Args:
-        num_features: C, or None where only x tells it.
-        parameter: weight or running mean, whose device and dtype x has to fit.
+        num_features: C, or None if only x defines it.
+        parameter: weight, running mean or bias; x must be on its device and have a compatible dtype.
 
     Raises:
-        ValueError: on this rank alone; what must hold, what came and what to do.
+        ValueError: on this rank alone; says what must hold, what came and what to do.
     """
+    residual, mask, _ = epilogue
     for name, tensor in (("input", x), ("residual", residual), ("mask", mask)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "input"):
             raise ValueError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}: pass one tensor")
         if tensor is not None and (tensor.layout != torch.strided or tensor.is_nested):
             kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
             raise ValueError(f"expected {name} to be a dense tensor, got {kind}: convert it, or pad it and pass a mask")
-    if torch.jit.is_tracing():  # sizes are tensors there, and a branch on them would be frozen in
+    if torch.jit.is_tracing():  # sizes are tensors there, and the trace would fix the outcome of a branch
         return
     channels = "C" if num_features is None else num_features
     if x.dim() < 2:
@@ -239,7 +232,7 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 def _scaled(
     weight: Tensor | None, bias: Tensor | None, temperature: float, like: Tensor, num_channels: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return weight and bias times the temperature: temperature * bn(x) for the price of 2C multiplications."""
+    """Return weight and bias times the temperature, so that bn(x) is scaled by it with 2C multiplications."""
     if temperature == 1:
         return weight, bias
     if weight is None and bias is None:
@@ -249,6 +242,6 @@ def _scaled(
 
 
 def _num_channels(x: Any) -> int | None:
-    """Return C as far as an input that may not fit tells it: the vectors of all ranks have one length."""
+    """Return C of an input that may be invalid: the vectors of all ranks must have the same length."""
     shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
     return shape[1] if len(shape) > 1 else shape[0] if len(shape) == 1 else None

@@ -6,12 +6,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-LOCAL: Literal["local"] = "local"  # in place of a group: this rank alone
+LOCAL: Literal["local"] = "local"  # instead of a group: this rank alone
 Group = dist.ProcessGroup | None | Literal["local"]  # None: all ranks
 
 
 class GroupReference(NamedTuple):
-    """What a copied or pickled module keeps of its process group; no process group can be pickled."""
+    """The name and ranks of a process group, kept by a pickled module: a process group cannot be pickled."""
 
     name: str
     ranks: tuple[int, ...]

@@ -13,15 +13,16 @@ from syncbn.checks import note_evaluation
 from syncbn.collectives import release_peers
 from syncbn.functional import evaluate, normalize_over_group
 from syncbn.groups import LOCAL, Group
-from syncbn.statistics import Running
+from syncbn.statistics import Epilogue, Running
 
 _GROUP_ATTRIBUTES = ("process_group", "unsynced_group")
 
 
 class BatchNorm(_BatchNorm):
-    """Batch normalization of this rank alone, of input with any number of dimensions.
+    """Batch normalization over this rank's batch, for input with any number of dimensions.
 
-    What `revert_sync_batchnorm` makes of a `SyncBatchNorm` that was constructed as such; arguments as there.
+    `revert_sync_batchnorm` turns a layer that was constructed as `SyncBatchNorm` into this class. The arguments are the
+    same, without `process_group`.
     """
 
     activation: str = "identity"
@@ -64,25 +65,23 @@ class BatchNorm(_BatchNorm):
             residual: like `input`.
             mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
         """
-
-        epilogue: dict[str, Any] = {"residual": residual, "mask": mask, "activation": self.activation}
-        options: dict[str, Any] = {
-            "num_features": self.num_features, "eps": self.eps, "temperature": self.temperature
-        }  # fmt: skip
+        epilogue = Epilogue(residual, mask, self.activation)
+        options: Any = {"num_features": self.num_features, "eps": self.eps, "temperature": self.temperature}
         if not self.training and self.running_mean is not None:
             self._check_input_dim(input)
             note_evaluation(self._group())
-            return evaluate(input, self.running_mean, self.running_var, self.weight, self.bias, **epilogue, **options)
+            buffers = (self.running_mean, self.running_var)
+            return evaluate(input, self.weight, self.bias, epilogue, *buffers, **options)
         group = self._group() if self.training else LOCAL
         with release_peers(group, self.num_features, layer=self) as peers:
             weight, bias = self.weight, self.bias
             peers.announce(input, weight, bias)
             self._check_input_dim(input)
             running = self._running() if self.training and self.track_running_stats else None
-            return normalize_over_group(peers, input, weight, bias, running=running, **epilogue, **options)
+            return normalize_over_group(peers, input, weight, bias, epilogue, running=running, **options)
 
     def reset_parameters(self) -> None:
-        """Set running statistics to those of no data, weight to 1 and bias to 0."""
+        """Set the running mean to 0, the running variance to 1, weight to 1 and bias to 0."""
         self.reset_running_stats()
         if self.weight is not None:
             torch.nn.init.ones_(self.weight)
@@ -90,7 +89,7 @@ class BatchNorm(_BatchNorm):
             torch.nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """Return the arguments, with those beyond torch's where they are set."""
+        """Return the arguments; activation and temperature only if they are not the defaults."""
         text = super().extra_repr()
         text += f", activation={self.activation}" if self.activation != "identity" else ""
         return text + (f", temperature={self.temperature}" if self.temperature != 1 else "")
@@ -99,11 +98,11 @@ class BatchNorm(_BatchNorm):
         return LOCAL
 
     def _running(self) -> Running | None:
-        mean, var = self.running_mean, self.running_var  # once: a module looks up its tensors slowly
+        mean, var = self.running_mean, self.running_var  # looked up once: attribute access of a module is slow
         return None if mean is None or var is None else Running(mean, var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # any number; `check_input` wants two at least
+        pass  # any number; `check_input` requires at least two
 
 
 class SyncBatchNorm(BatchNorm):
@@ -119,27 +118,27 @@ class SyncBatchNorm(BatchNorm):
         num_features: C of an input (N, C) to (N, C, D, H, W).
         eps: added to the variance.
         momentum: weight of the batch in the running statistics, `running = (1 - momentum) * running + momentum * batch`
-            (several texts keep the reverse, 0.9); None for a cumulative average.
+            (several texts use the reverse convention, 0.9); None for a cumulative average.
         affine: learn `weight` and `bias`.
-        track_running_stats: keep running statistics; without them evaluation normalizes with those of the local batch.
+        track_running_stats: keep running statistics; without them, evaluation uses the statistics of the local batch.
         process_group: the ranks that share statistics; all of them by default.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: with `affine`, learn `bias` beside `weight`.
-        activation: identity, relu, leaky_relu (slope 0.01) or silu, fused: its input is computed again in backward
-            rather than kept.
+        activation: identity, relu, leaky_relu (slope 0.01) or silu; its input is computed again in backward, not kept.
         temperature: factor on the normalized output, above 1 sharper, below 1 smoother; not part of the state_dict.
 
     Raises:
-        ValueError: an argument does not fit, at construction; an input does not fit or the batch has one value per
-            channel over all ranks, in training on every rank.
+        ValueError: at construction, for an invalid argument. In a forward pass, for an invalid input; in training on
+            every rank of the group, and also for any other error before the all-reduce or for a batch with one value
+            per channel over all ranks.
         TypeError: `process_group` is not a process group.
 
     Source: Ioffe & Szegedy 2015, Algorithm 1; over all ranks as in Peng et al. 2018 (MegDet), section 3.
     """
 
     process_group: dist.ProcessGroup | None = None
-    unsynced_class: type[_BatchNorm] | None = None  # what convert_sync_batchnorm found, for the way back
+    unsynced_class: type[_BatchNorm] | None = None  # the class before conversion, which revert restores
     unsynced_group: dist.ProcessGroup | None = None
 
     def __init__(

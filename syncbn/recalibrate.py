@@ -28,20 +28,21 @@ def recalibrate(
 ) -> int:
     """Set the running statistics of every batch normalization to those of its input over `batches` of all ranks.
 
-    The mean and the unbiased variance over all values that a layer saw, so that batches and ranks count by their size.
-    Meanwhile each layer normalizes with the statistics of its batch, as in training (a `SyncBatchNorm` with those of
-    its group), and all else is in evaluation: dropout is off, no generator is used, no other buffer changes. A running
-    average lags behind the weights and depends on momentum; these statistics do neither.
+    These are the mean and the unbiased variance over all values that reached a layer, so that batches and ranks are
+    weighted by their size. During the passes each layer normalizes with the statistics of its batch, as in training (a
+    `SyncBatchNorm` with those of its group). All other modules are in evaluation mode: dropout is off, no random
+    generator is used, and no other buffer changes. A running average lags behind the weights and depends on momentum;
+    these statistics do neither.
 
-    Every rank of the group must call it. Loaders may differ in length: a rank without a batch left takes part with an
-    empty one, which the model has to let pass.
+    Every rank of the group must call it. Loaders may differ in length: a rank that has no batch left takes part with an
+    empty batch, which the model must accept.
 
     Args:
-        model: with `SyncBatchNorm`, `torch.nn.BatchNorm*d` or `torch.nn.SyncBatchNorm` layers; those without running
-            statistics are left alone.
-        batches: the model's input, or tuples or lists of which it is the first element; on the model's device.
-        num_batches: of this rank at most; all by default.
-        process_group: the ranks whose data counts; all of them by default.
+        model: with `SyncBatchNorm`, `torch.nn.BatchNorm*d` or `torch.nn.SyncBatchNorm` layers; layers without running
+            statistics are not changed.
+        batches: inputs of the model, or tuples or lists whose first element is the input; on the model's device.
+        num_batches: the largest number of batches of this rank; all by default.
+        process_group: the ranks whose data is used; all of them by default.
 
     Returns:
         The number of batches that this rank has read.
@@ -49,9 +50,9 @@ def recalibrate(
     Raises:
         ValueError: no rank has a batch; on every rank.
         TypeError: a batch is neither a tensor nor a tuple or list that begins with one; on this rank.
-        RuntimeError: another rank has failed, by its loader, its batch or, with a model that does not communicate, its
-            model. What the model or the loader raises passes through on its own rank.
-            Statistics then stay as they were; training flags are restored in any case.
+        RuntimeError: the loader, the batch or (if the model does not communicate) the model of another rank has failed.
+            On its own rank, an exception of the model or the loader is raised unchanged. Statistics then stay as they
+            were; training flags are restored in any case.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 12; Wu & Johnson 2021, section 3 (PreciseBN).
     """
@@ -78,12 +79,11 @@ def recalibrate(
 def merge_running_stats(model: nn.Module, count: float = 1.0, process_group: dist.ProcessGroup | None = None) -> None:
     """Replace the running statistics of each rank by those of the ranks together, for models trained without sync.
 
-    The pooled variance is E[var] + Var[mean] over ranks; an average of the variances alone would leave out how the
-    ranks' means differ.
+    The pooled variance is E[var] + Var[mean] over ranks; an average of the variances alone would ignore that the means
+    of the ranks differ.
 
     Args:
-        count: weight of this rank, for example the number of samples that it has trained on. The statistics of a rank
-            with 0 do not matter.
+        count: weight of this rank, for example the number of samples that it has trained on. A rank with 0 is ignored.
         process_group: the ranks to merge; all of them by default.
 
     Raises:
@@ -153,9 +153,9 @@ def _observed(layers: list[Any], sums: dict[int, Tensor]) -> Iterator[None]:
 def _in_step(
     batches: Iterable[Any], num_batches: int | None, process_group: dist.ProcessGroup | None
 ) -> Generator[tuple[Tensor, bool], None, None]:
-    """Yield the inputs of this rank, then empty ones until every rank has had its last; and whether it was its own.
+    """Yield the inputs of this rank, then empty ones until no rank has any left; with each, whether it is a real one.
 
-    An exception here or thrown in is raised after the other ranks have heard of it.
+    An exception raised here, or thrown into the generator, is raised after the other ranks have been told.
     """
     iterator: Iterator[Any] | None = None
     own: Tensor | None = None

@@ -21,7 +21,7 @@ class Channels(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics and how far a batch moves them."""
+    """Running statistics, and the weight of a batch in them."""
 
     mean: Tensor  # (C,) of any floating dtype
     var: Tensor  # (C,) of any floating dtype
@@ -99,7 +99,7 @@ def rounding_of_variance(ranks: int) -> float:
 
 
 def without_rounding(var: Tensor, mean: Tensor, ranks: int) -> Tensor:
-    """Return the variance, 0 where it is no more than the rounding of mean^2; NaN stays."""
+    """Return the variance, with 0 where it is within the rounding of mean^2; NaN stays."""
     return torch.where(var <= rounding_of_variance(ranks) * mean * mean, 0.0, var)
 
 
@@ -120,7 +120,7 @@ def unpack_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
 def reduced_of(
     sum_dy: Tensor, sum_dy_xmu: Tensor, channels: Channels, output_mask: OutputMask, dy: Tensor | None
 ) -> Reduced:
-    """Return both sums of one rank, (C,) float64, with the gradients of weight and bias that follow from them."""
+    """Return both sums of one rank, (C,) float64, and the gradients of weight and bias derived from them."""
     grad_weight = grad_bias = None
     if output_mask.weight:
         assert channels.weight is not None
@@ -143,12 +143,12 @@ def invstd_of(var: Tensor, eps: float) -> Tensor:
 def update_running_stats_(running: Running, *, count: Tensor, mean: Tensor, var: Tensor) -> None:
     """Count the batch and move the running statistics towards those of the whole batch, in place.
 
-    `running = (1 - momentum) * running + momentum * batch`, torch's convention (0.1); several texts keep the reverse,
-    `momentum * running + (1 - momentum) * batch` (0.9). The variance that enters is the unbiased one of the whole
-    batch, `var * n / (n - 1)`; a batch of no values, or of a single one that has no such variance, moves nothing.
+    `running = (1 - momentum) * running + momentum * batch`, torch's convention (0.1); several texts use the reverse,
+    `momentum * running + (1 - momentum) * batch` (0.9). The variance of the batch is the unbiased one,
+    `var * n / (n - 1)`. A batch of fewer than two values has none, and moves nothing.
 
     Args:
-        running: its tensors are written to.
+        running: updated in place.
         count: () float64, values per channel in the whole batch.
         mean: (C,) float64.
         var: (C,) float64, biased.
@@ -166,10 +166,10 @@ def update_running_stats_(running: Running, *, count: Tensor, mean: Tensor, var:
 
 
 def _detach(values: Tensor) -> Tensor:
-    """Return float64 values without gradient, in graphs that record the operation as well.
+    """Return float64 values detached from autograd, also in a recorded graph.
 
-    `make_fx` records `detach()` as a view that is differentiable, and its graphs run with gradients enabled; a view as
-    integers has no gradient. `torch.jit.trace` records `detach()` as such, and does not know the other view.
+    `make_fx` records `detach()` as a differentiable view, and its graphs run with gradients enabled; a view as integers
+    has no gradient. `torch.jit.trace` records `detach()`, and does not support a view with another dtype.
     """
     return values.detach() if torch.jit.is_tracing() else values.view(torch.int64).view(torch.float64)
 

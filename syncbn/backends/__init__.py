@@ -28,8 +28,8 @@ CHOICES = ("auto", "torch", "triton")
 class Backend(Protocol):
     """A module with these four functions. Masks are bool, (N, 1, *S) or broadcast.
 
-    Masked positions (False) are as if absent: they enter no sum, and their output and gradient are 0. The op that
-    begins a pass chooses the backend; `Channels.coefficients` are read by that backend alone.
+    Masked positions (False) count as absent: they enter no sum, and their output and gradient are 0.
+    `Channels.coefficients` have a format of their own in each backend.
     """
 
     def pack_stats(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -77,8 +77,8 @@ CPU: Backend = cpu
 def select(x: Tensor, mask: Tensor | None = None) -> Backend:
     """Return the backend for `x`: once per forward pass, kept for its backward pass.
 
-    Plain operations serve whoever records operations: `torch.compile`, which fuses them itself, `torch.jit.trace`, and
-    dispatch modes such as those of `make_fx` and `FlopCounterMode`. They also serve what the others do not support.
+    Plain operations are chosen for tensors that no other backend supports, and always under `torch.compile` (which
+    fuses them), `torch.jit.trace`, and dispatch modes such as those of `make_fx` and `FlopCounterMode`.
 
     `SYNCBN_BACKEND` in the environment: `auto`, the default, for ATen's kernels on CPU and Triton on CUDA; `torch` for
     plain operations everywhere; `triton` for an error where Triton cannot run.

@@ -1,9 +1,9 @@
 """Device code of the Triton backend: seven kernels for both layouts. Shapes, grids and memory: `triton_launch`.
 
-Activations are (N, C, S), contiguous, or with CHANNELS_LAST (1, C, S) with the channels next to each other in memory.
-A program works on tiles of (BLOCK_C, BLOCK_S): a block of channels, its first index, and for each sample blocks of
-positions, of which it takes `tiles_per_program` consecutive ones, its second index. Arithmetic on activations is
-float32, across programs float64. Nothing is added atomically: equal input gives equal bits.
+Activations are (N, C, S), contiguous; with CHANNELS_LAST they are (1, C, S) with the channels adjacent in memory.
+A program works on tiles of (BLOCK_C, BLOCK_S). Its first index is a block of channels; its second index selects
+`tiles_per_program` consecutive blocks of positions, counted through all samples. Arithmetic on activations is float32,
+across programs float64. Nothing is added atomically, so equal input gives equal bits.
 
 `coefficients` are float32, five rows of C: pivot, pivot_error, invstd, scale, shift. The pivot is the mean rounded to
 float32 and pivot_error is pivot - mean, so that `x - pivot` is exact where x is near the mean, at any mean/std.
@@ -18,7 +18,7 @@ from syncbn import activations
 
 SLOPE = tl.constexpr(activations.LEAKY_RELU_SLOPE)
 
-# Sizes change from batch to batch: none of them selects another binary. Alignment is told by ALIGN_C and ALIGN_S.
+# Sizes change from batch to batch, so none of them selects another binary. ALIGN_C and ALIGN_S give the alignment.
 SIZES = ["N", "C_units", "S_units", "tiles_per_program", "C", "splits"]
 
 
@@ -39,9 +39,9 @@ def stats_kernel(
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write the count and the sums of this program's tiles about a pivot, the mean of the first of them.
+    """Write the count and the sums of this program's tiles about a pivot, the mean of its first tile.
 
-    It is at most sqrt(tiles) standard deviations off the mean of all, so that few bits cancel between the sums.
+    The pivot is at most sqrt(tiles) standard deviations off the mean of all tiles, so that few bits cancel.
     """
     C, S = C_units * ALIGN_C, S_units * ALIGN_S
     c, inside = _channels(C, INT64, BLOCK_C)
@@ -128,14 +128,14 @@ def gather_stats_kernel(
     CUMULATIVE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Derive every per-channel value from the vector that came back from the all-reduce; move the running averages."""
+    """Derive all per-channel values from the result of the all-reduce, and move the running averages."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     count = tl.load(packed_ptr)
     divisor = tl.where(count < 1, 1.0, count)  # NaN stays
     mean = tl.load(packed_ptr + 1 + c, mask=inside, other=0) / divisor
     var = tl.load(packed_ptr + 1 + C + c, mask=inside, other=0) / divisor - mean * mean
-    var = tl.where(var <= rounding * mean * mean, 0.0, var)  # here too
+    var = tl.where(var <= rounding * mean * mean, 0.0, var)  # NaN stays
     shifted = var + eps
     invstd = tl.where(shifted == 0, 0.0, 1.0 / tl.sqrt(tl.where(shifted == 0, 1.0, shifted)))
     tl.store(statistics_ptr + c, mean, mask=inside)
@@ -358,7 +358,7 @@ def backward_elemt_kernel(
 
 @triton.jit
 def _channels(C, INT64: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the channels of this program, and which of them exist."""
+    """Return the channel indices of this program, and which of them are below C."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     if INT64:
@@ -368,7 +368,7 @@ def _channels(C, INT64: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _reversed():
-    """Return the second index of this program counted from the end: what was read last is still in the cache."""
+    """Return the second index of this program, counted from the end: the values read last are still in the cache."""
     return tl.num_programs(1) - 1 - tl.program_id(1)
 
 
@@ -384,7 +384,7 @@ def _tiles(split, N, S, tiles_per_program, INT64: tl.constexpr, BLOCK_S: tl.cons
 
 @triton.jit
 def _positions(tile, s_blocks, mask_ptr, S, BLOCK_S: tl.constexpr):
-    """Return the sample of a tile, its positions, and which of these exist and are not masked."""
+    """Return the sample of a tile, its positions, and which of these are inside the sample and not masked."""
     n = tile // s_blocks
     s = (tile % s_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     valid = s < S
@@ -395,13 +395,13 @@ def _positions(tile, s_blocks, mask_ptr, S, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _offsets(n, c, s, C, S, CHANNELS_LAST: tl.constexpr):
-    """Return where the elements of a tile are, (BLOCK_C, BLOCK_S)."""
+    """Return the memory offsets of the elements of a tile, (BLOCK_C, BLOCK_S)."""
     return s[None, :] * C + c[:, None] if CHANNELS_LAST else (n * C + c)[:, None] * S + s[None, :]
 
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """Return the activation of z. Comparisons are such that NaN stays NaN."""
+    """Return the activation of z; NaN stays NaN."""
     if ACTIVATION == "relu":
         z = tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == "leaky_relu":
@@ -429,7 +429,7 @@ def _activate_backward(dy, z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _rounded(values, like_ptr):
-    """Return float64 values in the dtype that a pointer points to."""
+    """Return float64 values in the element type of a pointer."""
     if like_ptr.dtype.element_ty != tl.float64:
         values = values.to(tl.float32).to(like_ptr.dtype.element_ty)
     return values

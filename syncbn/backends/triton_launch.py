@@ -25,13 +25,13 @@ from syncbn.statistics import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TILE_ELEMENTS = 4096  # 16 per thread: two to four accesses of 16 bytes; half of it where accesses are narrow
+TILE_ELEMENTS = 4096  # 16 per thread: two to four accesses of 16 bytes; half as many if accesses are narrow
 TILE_WARPS = 8
-TILE_STAGES = 1  # tiles on their way through shared memory; 1: straight into registers
-ALIGNS = (8, 4, 2, 1)  # values per access; with channels next to each other 4 at most, as each has its coefficients
+TILE_STAGES = 1  # tiles in flight through shared memory; 1: directly into registers
+ALIGNS = (8, 4, 2, 1)  # values per access; 4 at most for channels last, because each channel has its coefficients
 NARROW = 4
-MIN_ROW = 128  # positions of a channel that a tile takes at least where it could take more
-MAX_IDLE = 1.15  # lanes per value that a block size may cost to be preferred over a smaller one
+MIN_ROW = 128  # least number of positions per channel in a tile, if there are as many
+MAX_IDLE = 1.15  # lanes per value, up to which a block size is preferred over a smaller one
 MERGE_ELEMENTS, MERGE_MIN_SPLITS = 1024, 128
 CHANNELS_PER_PROGRAM = 256  # in gather_stats_kernel
 
@@ -44,7 +44,7 @@ EXACT_COUNT = 2**24  # the count of a program is a float32
 
 
 class Plan(NamedTuple):
-    """How the kernels walk through activations of one shape and layout."""
+    """Block sizes and grids for activations of one shape and layout."""
 
     sizes: tuple[int, int, int]  # N, C_units, S_units
     constexprs: dict[str, Any]
@@ -55,14 +55,14 @@ class Plan(NamedTuple):
 
 
 def supports(x: Tensor) -> bool:
-    """Return whether the kernels take x; what they do not, plain PyTorch does."""
+    """Return whether the kernels support x: float32 or half precision, contiguous or channels last."""
     is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.dtype in DTYPES
     return is_plain and (x.is_contiguous() or _is_channels_last(x))
 
 
 @lru_cache
 def can_run(device: torch.device) -> bool:
-    """Return whether a kernel can be built and launched there, which takes a C compiler; warn, once, if not."""
+    """Return whether a kernel can be built and launched on the device, which requires a C compiler; if not, warn once."""
     try:
         packed = torch.zeros(3, dtype=torch.float64, device=device)
         gather_stats(packed, None, None, eps=1.0, ranks=1, running=None)
@@ -210,10 +210,10 @@ def backward_elemt(
 
 @lru_cache(maxsize=1024)
 def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -> Plan:
-    """Choose block sizes and grids for (N, C, S), or for (S, C) with channels next to each other.
+    """Choose block sizes and grids for (N, C, S), or for (S, C) if channels are adjacent in memory.
 
-    Tiles are long along memory: next to one another lie channels or positions. A reduction takes few programs, as each
-    writes 2C numbers; an elementwise step takes many short ones, so that the last wave of them is short as well.
+    Tiles are long in the direction that is contiguous in memory. A reduction uses few programs, because each writes 2C
+    numbers; an elementwise op uses many short ones, so that the last wave of programs is short.
     """
     inner = C if channels_last else S
     align = next(size for size in ALIGNS if inner % size == 0 and (size <= NARROW or not channels_last))
@@ -251,7 +251,7 @@ def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -
 
 
 def _row(S: int, elements: int) -> int:
-    """Return how many positions of a channel a tile holds: many, but with few idle lanes at the end of a sample."""
+    """Return the number of positions per channel in a tile: large, but with few idle lanes at the end of a sample."""
     whole = triton.next_power_of_2(S)
     sizes = [size for size in (2**k for k in range(elements.bit_length() - 1, -1, -1)) if size <= whole]
     sizes = [size for size in sizes if size >= MIN_ROW] or sizes[:1]
@@ -289,9 +289,9 @@ def _flat_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge what programs have written.
+    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge the results of programs.
 
-    The more there is to merge for a channel, the fewer channels a program takes: the rest of the GPU is idle meanwhile.
+    The more results per channel, the fewer channels per program: with few programs the rest of the GPU is idle.
     """
     block_k = min(max(triton.next_power_of_2(splits), MERGE_MIN_SPLITS), MERGE_ELEMENTS)
     block_c = min(triton.next_power_of_2(C), MERGE_ELEMENTS // block_k)
