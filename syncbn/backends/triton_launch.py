@@ -62,7 +62,7 @@ def supports(x: Tensor) -> bool:
 
 @lru_cache
 def can_run(device: torch.device) -> bool:
-    """Return whether a kernel can be built and launched on the device, which requires a C compiler; if not, warn once."""
+    """Return whether a kernel can be built (with a C compiler) and launched on the device; if not, warn once."""
     try:
         packed = torch.zeros(3, dtype=torch.float64, device=device)
         gather_stats(packed, None, None, eps=1.0, ranks=1, running=None)
