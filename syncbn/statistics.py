@@ -89,6 +89,20 @@ def unpack(packed: Tensor, ranks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, without_rounding(packed[num_channels + 1 :] / divisor - mean * mean, mean, ranks)
 
 
+def gather_stats(
+    packed: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, ranks: int, running: Running | None
+) -> tuple[Tensor, Tensor, Channels]:
+    """Return count (), biased var (C,) and the per-channel values of the group; move the running statistics.
+
+    Args:
+        packed: as for `unpack`.
+    """
+    count, mean, var = unpack(packed, ranks)
+    if running is not None:
+        update_running_stats_(running, count=count, mean=mean, var=var)
+    return count, var, Channels(mean, invstd_of(var, eps), weight, bias)
+
+
 def rounding_of_variance(ranks: int) -> float:
     """Return the error of `sum(x^2) / n - mean^2`, relative to mean^2, that float64 sums over ranks may have.
 

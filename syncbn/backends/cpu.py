@@ -21,13 +21,11 @@ from syncbn.statistics import (
     OutputMask,
     Reduced,
     Running,
-    invstd_of,
+    gather_stats,
     local_count,
     pack,
     per_channel,
     reduced_of,
-    unpack,
-    update_running_stats_,
 )
 
 MAX_MEAN_OVER_STD = 2.0  # up to which sums about 0 and `x * scale + shift` cost no more than a bit of the result
@@ -70,14 +68,11 @@ def normalize(
     running: Running | None,
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
-    count, mean, var = unpack(packed, ranks)
-    if running is not None:
-        update_running_stats_(running, count=count, mean=mean, var=var)
-    channels = Channels(mean, invstd_of(var, eps), weight, bias)
-    pivot = _pivot_for(mean, var, x.dtype)
+    count, var, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
+    found = _pivot_for(channels.mean, var, x.dtype)
+    pivot = torch.zeros_like(channels.mean) if found is None else found
     scale, shift = scale_and_shift(channels)
-    shift = shift + ((0 if pivot is None else pivot) - mean) * scale
-    rows = (torch.zeros_like(mean) if pivot is None else pivot, scale, shift)
+    rows = (pivot, scale, shift + (pivot - channels.mean) * scale)
     channels = channels._replace(coefficients=torch.stack([row.to(x.dtype) for row in rows]))
     z = _preactivation(_centred(x, channels)[0], channels, epilogue.residual)
     return ACTIVATIONS[epilogue.activation].apply_(z), count, channels

@@ -18,15 +18,13 @@ from syncbn.statistics import (
     accumulation_dtype,
     apply_mask,
     apply_mask_,
-    invstd_of,
+    gather_stats,
     local_count,
     pack,
     per_channel,
     reduced_dims,
     reduced_of,
-    unpack,
     unpack_sums,
-    update_running_stats_,
 )
 
 
@@ -54,10 +52,7 @@ def normalize(
     running: Running | None,
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
-    count, mean, var = unpack(packed, ranks)
-    if running is not None:
-        update_running_stats_(running, count=count, mean=mean, var=var)
-    channels = Channels(mean, invstd_of(var, eps), weight, bias)
+    count, _, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
     y = ACTIVATIONS[epilogue.activation].apply_(_preactivation(x, channels, epilogue.residual))
     return _like_x(apply_mask_(y, epilogue.mask), x), count, channels
 
