@@ -57,7 +57,7 @@ def small_tiles(triton_launch, monkeypatch):
     monkeypatch.setattr(triton_launch, "MERGE_ELEMENTS", 8)
     monkeypatch.setattr(triton_launch, "MERGE_MIN_SPLITS", 2)
     monkeypatch.setattr(triton_launch, "CHANNELS_PER_PROGRAM", 4)
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(triton_launch, "multiprocessors_of", lambda device: 1)
     triton_launch.plan.cache_clear()
     yield triton_launch
     triton_launch.plan.cache_clear()

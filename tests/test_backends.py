@@ -1,6 +1,7 @@
 """The contract of the ops: every backend, on parts of the batch or the whole of it, against the oracle."""
 
 import copy
+import sys
 import warnings
 
 import numpy as np
@@ -320,7 +321,7 @@ def test_where_triton_cannot_launch_it_says_so_once(triton_launch, monkeypatch, 
     triton_launch.can_run.cache_clear()
     assert triton_launch.can_run(torch.device(device))
     triton_launch.can_run.cache_clear()
-    monkeypatch.setattr(triton_launch, "_launch", fail)
+    monkeypatch.setattr(triton_launch, "launch", fail)
     with pytest.warns(
         UserWarning, match=r"runs in plain PyTorch on \w+, Triton launches no kernels \(RuntimeError: Fail"
     ):
@@ -332,7 +333,8 @@ def test_where_triton_cannot_launch_it_says_so_once(triton_launch, monkeypatch, 
 
 
 def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says_so(monkeypatch):
-    monkeypatch.setattr(backends, "_is_triton_installed", lambda: False)
+    backends.is_triton_installed.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("SYNCBN_BACKEND", "triton")
     with pytest.raises(ValueError, match="expected Triton to be installed, got none: install triton"):
         backends.select(torch.randn(4, 3))
@@ -340,3 +342,4 @@ def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says
     on_cuda = torch.empty(4, 3, device="meta")
     monkeypatch.setattr(type(on_cuda), "is_cuda", True, raising=False)
     assert backends.select(on_cuda) is backends.PLAIN
+    backends.is_triton_installed.cache_clear()

@@ -1,9 +1,8 @@
 """Ranks that run synchronized layers differently are named on every rank, in time, instead of hanging."""
 
+import importlib
 import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
@@ -116,7 +115,7 @@ def test_a_compiled_network_runs_within_a_block():
         assert layer(torch.randn(4, 3)).shape == (4, 3)
 
 
-def wait_for_a_rank_that_never_comes() -> tuple[str, float]:
+def wait_for_a_rank_that_never_comes(collective_timeout_s: float) -> tuple[str, float]:
     layer, start = syncbn.SyncBatchNorm(3), time.monotonic()
     try:
         with syncbn.detect_desync():
@@ -124,25 +123,26 @@ def wait_for_a_rank_that_never_comes() -> tuple[str, float]:
             if dist.get_rank() == 0:
                 layer(torch.randn(4, 3))
             else:
-                time.sleep(COLLECTIVE_TIMEOUT_S / 2 + 1)
+                time.sleep(collective_timeout_s / 2 + 1)
     except syncbn.DesyncError as error:
         return str(error), time.monotonic() - start
     return "nothing", 0
 
 
-@pytest.mark.slow
 def test_without_a_time_out_of_its_own_it_speaks_before_the_collectives_would():
-    (first, seconds), (second, _) = run_ranks(2, wait_for_a_rank_that_never_comes)
+    timeout_s = 6
+    ranks = run_ranks(2, wait_for_a_rank_that_never_comes, timeout_s, collective_timeout_s=timeout_s)
+    (first, seconds), (second, _) = ranks
     assert "1     SyncBatchNorm  forward  3         float32  True      weight bias  not here" in first
-    assert COLLECTIVE_TIMEOUT_S / 2 <= seconds < COLLECTIVE_TIMEOUT_S
+    assert timeout_s / 2 <= seconds < timeout_s
     assert "(end of detect_desync)" in second
 
 
 def train_in_a_group_of_two() -> str:
     group = syncbn.new_sync_groups(2)
     layer = syncbn.SyncBatchNorm(3 if dist.get_rank() != 3 else 2, process_group=group)
-    checks._detector = checks._Detector(timeout_s=5.0)  # as the environment variable does
-    checks._detector.follow_modules()
+    block = syncbn.detect_desync(5.0)  # not left, as with the environment variable: leaving involves all ranks
+    block.__enter__()
     try:
         layer(torch.randn(4, layer.num_features))
     except syncbn.DesyncError as error:
@@ -158,14 +158,28 @@ def test_only_the_group_of_the_deviating_rank_is_affected():
         assert "\n3     SyncBatchNorm  forward  2 " in message
 
 
-def test_the_environment_variable_switches_it_on():
-    code = "import syncbn.checks as c; print(c._detector is not None)"
-    for value, expected in (("1", "True"), ("0", "False")):
-        environment = os.environ | {"SYNCBN_DETECT_DESYNC": value}
-        found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-        )
-        assert found.stdout.strip() == expected
+def is_switched_on_by(values: list[str]) -> list[bool]:
+    found = []
+    for value in values:
+        os.environ["SYNCBN_DETECT_DESYNC"] = value
+        found.append(importlib.reload(checks)._detector is not None)
+    return found
+
+
+def train_with_a_frozen_rank(value: str) -> str:
+    os.environ["SYNCBN_DETECT_DESYNC"] = value
+    importlib.reload(checks)  # reads the variable
+    layer = syncbn.SyncBatchNorm(3).requires_grad_(dist.get_rank() == 0)
+    try:
+        layer(torch.randn(4, 3))
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"
+
+
+@pytest.mark.parametrize("value, error", [("1", "DesyncError"), ("0", "nothing")])
+def test_the_environment_variable_switches_it_on(value, error):
+    assert run_ranks(2, train_with_a_frozen_rank, value) == [error] * 2
 
 
 def refusal_under_detection() -> str:

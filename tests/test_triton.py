@@ -93,7 +93,7 @@ def without_data(monkeypatch):
 
 
 def launches_of(step) -> list[sm90.Launch]:
-    return sm90.record(lambda launch: setattr(triton_launch, "_launch", launch), step)
+    return sm90.record(lambda launch: setattr(triton_launch, "launch", launch), step)
 
 
 def traffic(launches: list[sm90.Launch], numel: int) -> dict[str, int]:

@@ -102,7 +102,7 @@ def select(x: Tensor, mask: Tensor | None = None) -> Backend:
 
 
 def _check_triton_runs(x: Tensor) -> None:
-    if not _is_triton_installed():
+    if not is_triton_installed():
         raise ValueError(
             f"expected Triton to be installed, got none: install triton, or unset {ENVIRONMENT_VARIABLE}=triton"
         )
@@ -115,7 +115,7 @@ def _check_triton_runs(x: Tensor) -> None:
 
 def _triton_for(x: Tensor, *, is_known_to_run: bool) -> Backend | None:
     """Return the Triton backend if it serves x. It is imported when it is first needed."""
-    if not _is_triton_installed():
+    if not is_triton_installed():
         return None
     from syncbn.backends import triton_launch
 
@@ -123,5 +123,6 @@ def _triton_for(x: Tensor, *, is_known_to_run: bool) -> Backend | None:
 
 
 @lru_cache
-def _is_triton_installed() -> bool:
+def is_triton_installed() -> bool:
+    """Return whether Triton can be imported; looked up once."""
     return find_spec("triton") is not None

@@ -82,14 +82,14 @@ def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
     splits = plan.reduce_grid[1]
     packed = torch.empty(2 * C + 1, dtype=torch.float64, device=x.device)
     partials = torch.empty(splits, 3 * C + 1, dtype=torch.float32, device=x.device)
-    _launch(
+    launch(
         triton_kernels.stats_kernel,
         plan.reduce_grid,
         x, _flat_mask(mask, x), partials, *plan.sizes, plan.reduce_tiles,
         **plan.constexprs,
     )  # fmt: skip
     grid, blocks = _merge_blocks(C, splits)
-    _launch(triton_kernels.merge_stats_kernel, grid, partials, packed, C, splits, *blocks)
+    launch(triton_kernels.merge_stats_kernel, grid, partials, packed, C, splits, *blocks)
     return packed
 
 
@@ -121,7 +121,7 @@ def gather_stats(
     moved = [buffer.contiguous() for buffer in buffers]
     momentum = 0.0 if running is None else running.momentum or 0.0
     is_cumulative = running is not None and running.momentum is None and running.num_batches_tracked is not None
-    _launch(
+    launch(
         triton_kernels.gather_stats_kernel,
         (triton.cdiv(C, CHANNELS_PER_PROGRAM), 1),
         packed, statistics, coefficients, *parameters, *moved, *[None] * (3 - len(moved)),
@@ -146,7 +146,7 @@ def elemt(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         plan = _plan_of(x)
-        _launch(
+        launch(
             triton_kernels.elemt_kernel,
             plan.elemt_grid,
             x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), channels.coefficients, y,
@@ -173,7 +173,7 @@ def backward_reduce(
         plan, coefficients = _plan_of(x), channels.coefficients
         splits = plan.reduce_grid[1]
         partials = torch.empty(splits, 2 * C, dtype=torch.float32, device=x.device)
-        _launch(
+        launch(
             triton_kernels.backward_reduce_kernel,
             plan.reduce_grid,
             _like(grad_output, x), x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), coefficients, dy,
@@ -181,7 +181,7 @@ def backward_reduce(
             ACTIVATION=epilogue.activation, **plan.constexprs,
         )  # fmt: skip
         grid, blocks = _merge_blocks(C, splits)
-        _launch(
+        launch(
             triton_kernels.merge_sums_kernel,
             grid,
             partials, coefficients, sums, grad_weight, grad_bias, C, splits, *blocks,
@@ -198,7 +198,7 @@ def backward_elemt(
         grad_output, epilogue = reduced.dy, Epilogue(mask=epilogue.mask)
     if x.numel():
         plan = _plan_of(x)
-        _launch(
+        launch(
             triton_kernels.backward_elemt_kernel,
             plan.elemt_grid,
             _like(grad_output, x), x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), channels.coefficients,
@@ -263,14 +263,15 @@ def _plan_of(x: Tensor) -> Plan:
     N, C = x.shape[:2]
     positions = x.numel() // C
     if C == 1:
-        return plan(1, 1, positions, channels_last=False, multiprocessors=_multiprocessors(x.device))
+        return plan(1, 1, positions, channels_last=False, multiprocessors=multiprocessors_of(x.device))
     if _is_channels_last(x):
-        return plan(1, C, positions, channels_last=True, multiprocessors=_multiprocessors(x.device))
-    return plan(N, C, positions // N, channels_last=False, multiprocessors=_multiprocessors(x.device))
+        return plan(1, C, positions, channels_last=True, multiprocessors=multiprocessors_of(x.device))
+    return plan(N, C, positions // N, channels_last=False, multiprocessors=multiprocessors_of(x.device))
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors_of(device: torch.device) -> int:
+    """Return the number of multiprocessors; that of an H100 for a device without any."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -298,7 +299,8 @@ def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], tuple[int, int]
     return (triton.cdiv(C, block_c), 1), (block_c, block_k)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constexprs: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constexprs: Any) -> None:
+    """Launch a kernel on the device of its tensors; every launch of this module goes through here."""
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
