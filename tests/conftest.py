@@ -1,4 +1,4 @@
-"""What every test shares: one thread, a fixed seed, uninitialized memory filled with NaN, Triton's interpreter."""
+"""Fixtures for all tests: one thread, a fixed seed, uninitialized memory filled with NaN, Triton's interpreter."""
 
 import os
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined; ranks inherit it
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined, and inherited by ranks
 
 
 @pytest.fixture(autouse=True)
 def reproducible():
-    """Seed, use one thread, and have `torch.empty` return NaN so that a read before a write shows."""
+    """Seed, use one thread, and fill `torch.empty` with NaN, so that a read before a write becomes visible."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -22,7 +22,7 @@ def reproducible():
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: on the accelerator, or on the CPU under the interpreter."""
+    """The device of the kernels: the accelerator, or the CPU under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -39,7 +39,7 @@ def interpreter(device):
 
 @pytest.fixture
 def triton_launch(request, device):
-    """The Triton backend, where it can run."""
+    """The Triton backend, if it can run here."""
     if device == "cpu":
         request.getfixturevalue("interpreter")
     pytest.importorskip("triton")
@@ -50,7 +50,7 @@ def triton_launch(request, device):
 
 @pytest.fixture
 def small_tiles(triton_launch, monkeypatch):
-    """The Triton backend with tiles so small that little data makes several programs of several tiles each."""
+    """The Triton backend with tiles so small that little data needs several programs of several tiles each."""
     monkeypatch.setattr(triton_launch, "TILE_ELEMENTS", 64)
     monkeypatch.setattr(triton_launch, "MIN_ROW", 8)
     monkeypatch.setattr(triton_launch, "REDUCE_MIN_TILES", 3)

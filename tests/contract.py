@@ -1,6 +1,6 @@
 """The contract of a backend's ops against the oracle: for pytest, and for `scripts/gpu_check.py` on CUDA.
 
-`check_training_step` builds a batch, runs the four ops on each part of it as the ranks of a group would, and compares
+`check_training_step` builds a batch, runs the four ops on each part of it like the ranks of a group, and compares
 the results with the oracle on the whole batch.
 """
 
@@ -31,10 +31,10 @@ class Case(NamedTuple):
     residual: bool = True
     needs_dy: bool = True
     mask: bool = False
-    mean: float = 5.0  # of x; the standard deviation is 1
+    mean: float = 5.0  # mean of x; its standard deviation is 1
     affine: bool = True
     momentum: float | None = 0.1
-    split: tuple[int, ...] = ()  # sizes of the batches of several ranks; none: one rank
+    split: tuple[int, ...] = ()  # batch sizes of several ranks; empty: one rank
 
     def __str__(self) -> str:
         """Return the shape and what differs from the default."""
@@ -95,7 +95,7 @@ class Batch(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Results of a training step, by rank where ranks differ."""
+    """Results of a training step; by rank, if ranks differ."""
 
     xs: list[torch.Tensor]
     ys: list[torch.Tensor]
@@ -108,7 +108,7 @@ class Results(NamedTuple):
 
 
 def check_training_step(backend: Backend, case: Case, device: str = "cpu") -> None:
-    """Take the ops of forward and backward on the parts of a batch; compare with the oracle on the whole of it."""
+    """Run the ops of forward and backward on the parts of a batch; compare with the oracle on the whole batch."""
     batch = build(case, device)
     expected = expected_of(case, batch)
     compare(case, batch, run(backend, case, batch), expected)
@@ -139,7 +139,7 @@ def build(case: Case, device: str) -> Batch:
 
 
 def run(backend: Backend, case: Case, batch: Batch) -> Results:
-    """Take the four ops on each part of the batch, with sums over the parts in place of all-reduces."""
+    """Run the four ops on each part of the batch, with sums over the parts in place of all-reduces."""
     sizes = case.split or case.shape[:1]
     parts = [
         slice(start, start + size) for start, size in zip(np.cumsum((0, *sizes[:-1])).tolist(), sizes, strict=True)
@@ -154,7 +154,7 @@ def run(backend: Backend, case: Case, batch: Batch) -> Results:
     packed = sum(backend.pack_stats(x, epilogue.mask) for x, epilogue in zip(xs, epilogues, strict=True))
     ys = []
     for x, epilogue in zip(xs, epilogues, strict=True):
-        own = None if ys else batch.running  # those of the first rank are looked at
+        own = None if ys else batch.running  # only those of the first rank are compared
         y, count, channels = backend.normalize(
             x, packed, batch.weight, batch.bias, epilogue, eps=EPS, ranks=len(xs), running=own
         )
@@ -177,9 +177,9 @@ def compare(case: Case, batch: Batch, results: Results, expected: dict[str, Any]
     accumulated = 200 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
     unit = torch.finfo(case.dtype).eps
     largest_dy = np.abs(expected["dy"]).max()
-    # dy is rounded on its way, unless it is grad_output or 0
+    # an op rounds dy, unless it is grad_output or 0
     rounding = 0 if case.activation in ("identity", "relu") else unit * largest_dy
-    slack = (~smooth).sum() * largest_dy  # values at a kink, where rounding decides
+    slack = (~smooth).sum() * largest_dy  # at a kink of the activation, the result depends on rounding
 
     assert results.count.item() == valid.sum()
     invstd = 1 / np.sqrt(expected["var"] + EPS)
@@ -223,7 +223,7 @@ def compare(case: Case, batch: Batch, results: Results, expected: dict[str, Any]
 
 
 def expected_of(case: Case, batch: Batch) -> dict[str, Any]:
-    """Return the oracle's results for the whole batch, in rows of the valid positions."""
+    """Return the oracle's results for the whole batch, one row per valid position."""
     function, derivative = ACTIVATIONS[case.activation]
     x, grad_output = rows(batch.x), rows(batch.grad_output)
     valid = np.ones(len(x), bool) if batch.mask is None else batch.mask.flatten().cpu().numpy()
@@ -263,7 +263,7 @@ def check_variance(backend: Backend, mean: float, std: float, shape: tuple[int, 
     return float(max(errors))
 
 
-LAYERS = {  # arguments, with a residual, with a mask
+LAYERS = {  # arguments, whether with a residual, whether with a mask
     "plain": ({}, False, False),
     "relu": ({"activation": "relu"}, True, False),
     "masked": ({"activation": "silu", "momentum": None, "temperature": 1.5}, True, True),
@@ -275,7 +275,7 @@ LAYERS = {  # arguments, with a residual, with a mask
 def train_layers(
     rank: int, sizes: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return results of two steps of each layer; the second one has its gradient expanded and its layout changed."""
+    """Return results of two steps of each layer; the second step has an expanded gradient and another layout."""
     found = {}
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for name, (arguments, with_residual, with_mask) in LAYERS.items():

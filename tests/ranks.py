@@ -1,5 +1,6 @@
 """run_ranks(world_size, fn, *args): run fn in fresh gloo processes, one per rank, and return every rank's result."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -14,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT_S = 20  # a rank that waits longer for its peers fails instead of hanging
-GRACE_S = 3  # what the other ranks get to end by themselves once one has failed
+GRACE_S = 3  # time for the other ranks to end by themselves after one has failed
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(  # what ranks import, once for all of them
+_context.set_forkserver_preload(  # the modules that ranks use, imported once
     ["numpy", "pytest", "torch._inductor.config", "syncbn", "train.run"]
 )
 
@@ -32,12 +33,12 @@ def run_ranks(
     """Return `[fn(*args) on rank 0, ..., on rank world_size - 1]`.
 
     Args:
-        fn: a module-level function; it finds its rank with `torch.distributed.get_rank()`.
+        fn: a module-level function; its rank is `torch.distributed.get_rank()`.
         timeout_s: seconds after which ranks that still run are killed.
         collective_timeout_s: seconds that a collective waits for a rank, which may be compiling.
 
     Raises:
-        RankError: a rank raised, died, or outlived `timeout_s`.
+        RankError: a rank raised, died, or was still running after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as folder:
         task = pickle.dumps((fn, args))
@@ -63,6 +64,7 @@ def run_ranks(
 def _run_rank(
     rank: int, world_size: int, store: str, collective_timeout_s: float, task: bytes, sender: Connection
 ) -> None:
+    gc.freeze()  # a full collection would copy and search all imports of the fork server
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
@@ -75,7 +77,7 @@ def _run_rank(
         )
         fn, args = pickle.loads(task)
         answer = ("result", fn(*args))
-        dist.barrier()  # no rank leaves while another still talks to it
+        dist.barrier()  # no rank exits while another still communicates with it
         dist.destroy_process_group()
         message = pickle.dumps(answer)
     except BaseException:

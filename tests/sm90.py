@@ -2,7 +2,7 @@
 
     python tests/sm90.py        # one line of JSON for each distinct binary; not under TRITON_INTERPRET
 
-Launches are recorded on tensors without data, so that block sizes, alignment and dtypes are those of the real thing.
+Launches are recorded on tensors without data; block sizes, alignment and dtypes are those of a real launch.
 """
 
 import json
@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from syncbn.backends import triton_launch
 from syncbn.statistics import Epilogue, OutputMask, Running
 
-SHAPES = [  # the benchmark's
+SHAPES = [  # those of the benchmark
     (32, 64, 112, 112), (128, 64, 56, 56), (32, 256, 56, 56), (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7),
     (1, 32, 192, 192, 192), (4096, 2048),
 ]  # fmt: skip
@@ -35,14 +35,14 @@ OPTIONS = ("num_warps",)
 class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, int]
-    arguments: dict[str, Any]  # by name, constexprs too
+    arguments: dict[str, Any]  # by name, including constexprs
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
 
 
 def record(monkeypatch_launch: Any, step: Any) -> list[Launch]:
-    """Return what `step()` launches; nothing runs."""
+    """Return the launches of `step()` without running them."""
     launches: list[Launch] = []
 
     def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constexprs: Any) -> None:
@@ -80,7 +80,7 @@ def without_data(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: b
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """Return the kernel with the types, constants and alignments of a launch, and its options."""
+    """Return the kernel with the types, constants and alignments of a launch, and its compile options."""
     signature, constants, attrs, options = {}, {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -136,7 +136,7 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def launches_of_the_benchmark() -> list[Launch]:
-    """Return a pass for each shape, dtype and layout, one with everything fused, and one of 2^32 values."""
+    """Return a pass for each shape, dtype and layout, one with all fusions, and one of 2^32 values."""
     found = []
     for shape, extras in (
         ((64, 512, 28, 28), {"residual": True, "mask": True, "activation": "silu"}),

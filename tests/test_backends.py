@@ -1,4 +1,4 @@
-"""The contract of the ops: every backend, on parts of the batch or the whole of it, against the oracle."""
+"""The contract of the ops: every backend, on parts of the batch or on the whole batch, against the oracle."""
 
 import copy
 import sys
@@ -19,7 +19,7 @@ from syncbn.statistics import Epilogue, Running
 
 @pytest.fixture(autouse=True)
 def no_minimum(monkeypatch):
-    """Small tensors are served by every backend."""
+    """Let every backend handle small tensors."""
     monkeypatch.setattr(cpu, "MIN_ELEMENTS", 1)
 
 
@@ -44,7 +44,7 @@ def test_the_ops_on_cpu_in_turn_are_a_training_pass(case, longest_run, monkeypat
     cpu.parts_of_run.cache_clear()
 
 
-SMALLER = {(2, 3, 64, 40): (2, 3, 16, 40), (5, 6, 13, 31): (3, 6, 5, 31)}  # what the interpreter takes 10 s for
+SMALLER = {(2, 3, 64, 40): (2, 3, 16, 40), (5, 6, 13, 31): (3, 6, 5, 31)}  # shapes that take the interpreter 10 s
 
 
 @pytest.mark.parametrize("case", [c._replace(shape=SMALLER.get(c.shape, c.shape)) for c in CASES], ids=str)
@@ -64,7 +64,7 @@ MEANS_AND_STDS = [(0, 1), (1e2, 1), (1e4, 1), (1, 1e-4), (0, 1e-5), (0.1, 1e-5),
 
 
 class OnCpu:
-    """The backend that `select` gives for each tensor on CPU."""
+    """The backend that `select` returns for each tensor on CPU."""
 
     def __getattr__(self, op):
         return lambda *args, **kwargs: getattr(backends.select(next(a for a in args if a.dim() > 1)), op)(
@@ -89,7 +89,7 @@ def variance_of(x):
     return running.var * (n - 1) / n
 
 
-# ATen's CPU kernels add up a run of contiguous positions in float32: whole runs of 2^20 cost four digits.
+# ATen's CPU kernels sum a run of contiguous positions in float32; a run of 2^20 positions loses four digits.
 @pytest.mark.parametrize("mean", [0, 1, 1.9, 2.1, 1e3])
 @pytest.mark.parametrize("shape", [(1, 2, 1024, 1024), (70, 3, 31, 31), (700, 1, 31, 31)])
 def test_long_runs_cost_no_digits(shape, mean):
@@ -114,7 +114,7 @@ def test_the_variance_has_six_digits_where_the_batch_cannot_be_split_evenly():
     means = 1 + torch.rand(257, dtype=torch.float64)
     for mean_over_std in (0, 1e4, 1e6):
         x = (torch.randn(1031, 257, dtype=torch.float64) * 30 + 30 * mean_over_std * means).float()  # 1031 is prime
-        rtol = max(1e-6, 1e-15 * mean_over_std**2)  # of the wire
+        rtol = max(1e-6, 1e-15 * mean_over_std**2)  # error of the float64 vector
         np.testing.assert_allclose(variance_of(x), x.double().numpy().var(0), rtol=rtol)
         x = x.T[:4, :1021].reshape(1, 2, 2 * 1021)[:, :, : 2 * 1021 - 3].contiguous()  # 2039 is prime, and contiguous
         np.testing.assert_allclose(variance_of(x), x.double().numpy().var((0, 2)), rtol=rtol)
@@ -164,7 +164,7 @@ def test_what_works_in_place_may_follow_the_layer(name, monkeypatch):
 @pytest.mark.parametrize("name", ["torch", "auto"])
 def test_the_memory_of_the_caller_stays_resizable_as_fsdp_needs_it(name, monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
-    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, activation="relu")  # NumPy shares the memory of its own dtypes
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, activation="relu")  # NumPy dtypes share memory with NumPy
     x = torch.randn(4, 3, 6, 7, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -181,7 +181,7 @@ def test_the_default_device_of_the_first_call_does_not_matter(monkeypatch):
     torch.testing.assert_close(layer(x), y)
 
 
-# A variance above 65504 is no float16, its share in the average may be one.
+# A variance above 65504 overflows float16, but its contribution to the average may not.
 @pytest.mark.parametrize("name", ["torch", "auto"])
 @pytest.mark.parametrize("momentum, expected", [(0.0, 1), (0.1, 16_000)])
 def test_running_statistics_are_rounded_once_they_have_moved(name, momentum, expected, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_step_begun_by_one_backend_is_finished_by_it(monkeypatch):
     grad_output = torch.randn(x.shape)
     (expected,) = torch.autograd.grad(layer(x), x, grad_output)
     y = layer(x)
-    monkeypatch.setenv("SYNCBN_BACKEND", "none of them")  # nobody asks again
+    monkeypatch.setenv("SYNCBN_BACKEND", "none of them")  # not read again
     assert torch.equal(torch.autograd.grad(y, x, grad_output)[0], expected)
 
 

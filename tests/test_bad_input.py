@@ -1,4 +1,4 @@
-"""Bad input is refused by every rank at once, and the group works on afterwards."""
+"""Every rank refuses bad input at once, and the group remains usable."""
 
 import re
 import time
@@ -25,7 +25,7 @@ BAD = {
     "array": (GOOD.numpy(), "expected input to be a torch.Tensor, got ndarray"),
     "sparse": (GOOD.to_sparse(), "expected input to be a dense tensor, got layout torch.sparse_coo"),
     "nested": (
-        torch.nested.nested_tensor(list(GOOD), layout=torch.strided),
+        torch.nested.nested_tensor(list(GOOD), layout=torch.jagged),
         "expected input to be a dense tensor, got a nested tensor",
     ),
 }
@@ -87,7 +87,7 @@ def test_the_functional_form_wants_one_value_per_channel_of_everything(name, tra
 
 
 class FailsIn(torch.Tensor):
-    """A tensor for which one operation has no memory left."""
+    """A tensor for which one operation runs out of memory."""
 
     operation = "sum"
 
@@ -99,7 +99,7 @@ class FailsIn(torch.Tensor):
 
 
 class Broken:
-    """An input that fails in whatever is asked of it."""
+    """An input that raises on every access."""
 
     def __getattr__(self, name):
         raise RuntimeError(f"no {name}")
@@ -111,7 +111,7 @@ class Scale(torch.nn.Module):
 
 
 class ChecksItself(torch.nn.BatchNorm1d):
-    """A subclass that refuses in its own forward, before torch's."""
+    """A subclass whose own forward refuses input, before torch's."""
 
     def forward(self, input):
         assert input.shape[-1] == 2, "expected length 2"
@@ -137,7 +137,7 @@ def functional(x, **arguments):
 
 
 LAYER = syncbn.SyncBatchNorm
-FAULTS = {  # what rank 1 calls, what the others call, and the error of rank 1
+FAULTS = {  # the call of rank 1, the call of the others, and the error of rank 1
     "no memory": (lambda: LAYER(3)(GOOD.as_subclass(FailsIn)), lambda: LAYER(3)(GOOD), "got on this one MemoryError"),
     "residual": (lambda: LAYER(3)(GOOD, residual="x"), lambda: LAYER(3)(GOOD), "expected residual to be a torch.Ten"),
     "mask": (lambda: LAYER(3)(GOOD, mask=[True]), lambda: LAYER(3)(GOOD), "expected mask to be a torch.Tensor, got li"),
@@ -172,7 +172,7 @@ FAULTS = {  # what rank 1 calls, what the others call, and the error of rank 1
 
 
 def meet_faults() -> list[tuple[str, float]]:
-    """Let rank 1 meet each fault in turn, and every rank a good call after it."""
+    """Run each fault on rank 1, and a valid call on every rank after each."""
     found = []
     for fault, good, _ in FAULTS.values():
         start = time.monotonic()

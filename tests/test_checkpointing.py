@@ -1,4 +1,4 @@
-"""Activation checkpointing repeats the forward pass: statistics advance once, results stay, no rank waits in vain."""
+"""Activation checkpointing repeats the forward pass: statistics advance once, results do not change, no rank hangs."""
 
 import pytest
 import torch

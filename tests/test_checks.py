@@ -1,4 +1,4 @@
-"""Ranks that run synchronized layers differently are named on every rank, in time, instead of hanging."""
+"""If ranks run synchronized layers differently, every rank raises an error that names them, instead of hanging."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ ALL_RANKS = 3
 
 
 class Network(torch.nn.Module):
-    """Two blocks whose normalization can be skipped, swapped, frozen or fed with something else on one rank."""
+    """Two blocks whose normalization can be skipped, swapped, frozen or given other input on one rank."""
 
     def __init__(self, disturbance: str | None):
         super().__init__()
@@ -141,7 +141,7 @@ def test_without_a_time_out_of_its_own_it_speaks_before_the_collectives_would():
 def train_in_a_group_of_two() -> str:
     group = syncbn.new_sync_groups(2)
     layer = syncbn.SyncBatchNorm(3 if dist.get_rank() != 3 else 2, process_group=group)
-    block = syncbn.detect_desync(5.0)  # not left, as with the environment variable: leaving involves all ranks
+    block = syncbn.detect_desync(5.0)  # not exited, as with the environment variable: all ranks must exit together
     block.__enter__()
     try:
         layer(torch.randn(4, layer.num_features))

@@ -1,4 +1,4 @@
-"""torch.compile takes a network with the layer as one graph, forward and backward, and returns the same numbers."""
+"""torch.compile compiles a network with the layer to one graph, forward and backward, with the same results."""
 
 import torch
 import torch._inductor.config
@@ -23,9 +23,9 @@ def network() -> torch.nn.Module:
 
 
 def train(sizes: list[tuple[int, ...]]) -> list[dict[str, torch.Tensor]]:
-    """Return every step's output, gradients and state, eager and compiled; a third compilation raises."""
+    """Return output, gradients and state of every step, eager and compiled; a third compilation raises."""
     found = []
-    torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than this to compile
+    torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than the layer to compile
     for compiled in (False, True):
         model = network()
         run = torch.compile(model, fullgraph=True) if compiled else model
@@ -48,7 +48,7 @@ SIZES = [(4, 4), (3, 5), (2, 7), (9, 3)]
 
 
 def test_compiled_training_equals_eager_training_for_every_batch_size_of_every_rank():
-    # Sums over the batch are rounded relative to their largest element.
+    # Rounding errors of sums over the batch are relative to their largest element.
     for eager, compiled in run_ranks(2, train, SIZES, timeout_s=400, collective_timeout_s=300):
         for name, expected in eager.items():
             atol = 1e-5 * expected.abs().max().item()

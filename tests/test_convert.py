@@ -1,4 +1,4 @@
-"""convert_sync_batchnorm and revert_sync_batchnorm lose nothing, in either direction."""
+"""convert_sync_batchnorm and revert_sync_batchnorm keep all state, in either direction."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from syncbn import convert_sync_batchnorm, revert_sync_batchnorm
 
 
 class BatchNormReLU(nn.BatchNorm2d):
-    """A subclass with a forward and a constructor of its own."""
+    """A subclass that overrides the forward and the constructor."""
 
     def __init__(self, num_features, slope):
         super().__init__(num_features)
@@ -222,7 +222,7 @@ def with_a_forward_of_the_instance() -> nn.Module:
     [
         (CallsOwnFormula(3), "got CallsOwnFormula at '1'"),
         (TorchSubclass(3), "got TorchSubclass at '1'"),
-        (with_a_forward_of_the_instance(), "got a BatchNorm2d at '1' with one of its own"),
+        (with_a_forward_of_the_instance(), "got a BatchNorm2d at '1' with a forward set on the instance"),
         (torch.jit.script(nn.BatchNorm2d(3)), "got a scripted BatchNorm2d at '1': convert the model before"),
     ],
     ids=["super() ends early", "subclass of torch's", "instance's forward", "scripted"],

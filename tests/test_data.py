@@ -1,4 +1,4 @@
-"""Data modules: honest parts, clear sentences for what is missing, and real files read by torchvision."""
+"""Data modules: disjoint splits, clear errors for missing files, and real files read by torchvision."""
 
 import os
 import pickle
@@ -64,7 +64,7 @@ def test_the_global_batch_can_be_given_for_each_rank(monkeypatch):
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     data = data_module("data.global_batch_size=3")
-    assert len(data.test_dataloader()) == 1  # which any number of ranks may evaluate
+    assert len(data.test_dataloader()) == 1  # any number of ranks may evaluate
     with pytest.raises(
         Refusal, match="every rank must get an image: the global batch has 3 and there are 4 ranks, set"
     ):
@@ -119,7 +119,7 @@ def test_a_wrong_number_of_classes_is_refused_with_the_right_one(tmp_path):
 def test_class_folders_that_differ_between_the_parts_are_named(tmp_path):
     root = image_folder(tmp_path)
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "cat")
-    with pytest.raises(Refusal, match=r"val has no class folder bee, and .*train has: give both"):
+    with pytest.raises(Refusal, match=r"val has no class folder bee, but .*train has: give both"):
         data_module(*IMAGES, root, "data.num_classes=2")
 
 
@@ -139,7 +139,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
 def test_fake_images_have_the_size_that_was_asked_for():
     data = data_module("data=fake", "data.image_size=24", "data.num_classes=7", "data.source.num_train=40")
     images, labels = next(iter(data.train_dataloader()))
-    assert images.shape == (36, 3, 24, 24)  # 40 but for the validation part
+    assert images.shape == (36, 3, 24, 24)  # 40 without the validation part
     assert int(labels.max()) < 7
 
 

@@ -1,4 +1,4 @@
-"""What a launcher's environment is read as, and what is refused."""
+"""How a launcher's environment variables are read, and which are refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Evaluation exports as plain batch normalization, and folds into the convolution in front of it."""
+"""Evaluation exports as plain batch normalization, and folds into the convolution before it."""
 
 import pytest
 import torch

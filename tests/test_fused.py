@@ -49,7 +49,7 @@ def make_batch(*, with_residual: bool, with_mask: bool) -> dict[str, np.ndarray 
     x, grad_output, residual = generator.normal(2, 3, (3, *SHAPE))
     weight, bias = generator.normal(size=(2, SHAPE[1]))
     mask = generator.random((SHAPE[0], 1, *SHAPE[2:])) < 0.6
-    mask[:2] = False  # the first rank of the uneven split has nothing valid
+    mask[:2] = False  # the first rank of the uneven split has no valid position
     return {
         "x": x,
         "grad_output": grad_output,
@@ -74,7 +74,7 @@ def take_steps(split: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
             for name, value in make_batch(with_residual=with_residual, with_mask=with_mask).items()
         }
         if with_mask:
-            batch["x"] = batch["x"].masked_fill(~batch["mask"], torch.nan)  # padding may hold anything
+            batch["x"] = batch["x"].masked_fill(~batch["mask"], torch.nan)  # padding may contain any value
         layer = syncbn.SyncBatchNorm(
             SHAPE[1], activation=activation, temperature=temperature, momentum=1.0, dtype=torch.float64
         )
@@ -188,7 +188,7 @@ def test_unknown_activations_and_temperatures_are_refused(arguments, message):
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up the storage that autograd keeps, every storage once, parameters not."""
+    """Sums the storages that autograd saves, each storage once, without parameters."""
 
     def __init__(self, *known: torch.Tensor):
         self.storages: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Process groups: made, kept through copies and pickles, different in different layers."""
+"""Process groups: their creation, copies and pickles of layers, and layers with different groups."""
 
 import copy
 import os

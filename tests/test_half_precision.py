@@ -1,4 +1,4 @@
-"""Half precision: large counts, empty ranks, autocast; sums and counts are never kept in half precision."""
+"""Half precision: large counts, empty ranks, autocast; sums and counts are never in half precision."""
 
 import numpy as np
 import pytest

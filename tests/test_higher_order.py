@@ -1,4 +1,4 @@
-"""Second and higher derivatives: those of the whole batch in one process, on any split over ranks."""
+"""Second and higher derivatives equal those of one process on the whole batch, for any split over ranks."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def total(value: torch.Tensor, *, synchronize: bool) -> torch.Tensor:
 
 
 def gradient_penalty(x: torch.Tensor, *, synchronize: bool) -> list[torch.Tensor]:
-    """Return the gradient with respect to the own x of sum(|dD/dx| - 1)^2 (Gulrajani et al. 2017), then parameters'."""
+    """Return the gradient of sum(|dD/dx| - 1)^2 (Gulrajani et al. 2017) for this rank's x, then for the parameters."""
     model = network(synchronize=synchronize)
     x = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -56,7 +56,7 @@ def gradient_penalty(x: torch.Tensor, *, synchronize: bool) -> list[torch.Tensor
 
 
 def hessian_vector_product(x: torch.Tensor, *, synchronize: bool) -> list[torch.Tensor]:
-    """Return H v for the parameters, whose gradients are summed over ranks, and its own derivative (third order)."""
+    """Return H v for the parameters, whose gradients are summed over ranks, and its derivative (third order)."""
     model = network(synchronize=synchronize)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(2)
@@ -67,7 +67,7 @@ def hessian_vector_product(x: torch.Tensor, *, synchronize: bool) -> list[torch.
         return total(sum((g * v).sum() for g, v in zip(grads, vectors, strict=True)), synchronize=synchronize)
 
     first = derivative(model(x).exp().sum())
-    # A value that every rank holds is a sum over ranks again when it is differentiated: divide by their number.
+    # The derivative of a value that every rank holds is summed over ranks: divide by their number.
     ranks = dist.get_world_size() if synchronize else 1
     second = derivative(first / ranks)
     third = derivative(second / ranks)

@@ -19,7 +19,7 @@ SHAPES = {
     "NCHW": (16, 5, 4, 3),
     "NCDHW": (16, 5, 2, 3, 2),
 }
-SPLITS = {  # samples per rank; every split adds up to 16
+SPLITS = {  # samples per rank; each split has 16 in total
     1: {"whole": (16,)},
     2: {"even": (8, 8), "uneven": (3, 13), "empty": (0, 16)},
     3: {"even": (6, 5, 5), "uneven": (1, 2, 13), "empty": (0, 16, 0)},
@@ -30,7 +30,7 @@ LAYOUTS = {"contiguous": None, "channels_last": torch.channels_last, "channels_l
 
 
 class Case(NamedTuple):
-    """One training step: what varies between the tests."""
+    """One training step: the parameters that vary between tests."""
 
     split: tuple[int, ...]
     shape: tuple[int, ...] = SHAPES["NCHW"]
@@ -43,13 +43,13 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(1)
         x, grad_output = torch.randn(2, *self.shape, dtype=torch.float64, generator=generator)
         weight, bias = torch.randn(2, self.shape[1], dtype=torch.float64, generator=generator)
-        x = 3 * x + torch.arange(self.shape[0]).view(-1, *[1] * (x.dim() - 1)) / 4  # ranks see different means
+        x = 3 * x + torch.arange(self.shape[0]).view(-1, *[1] * (x.dim() - 1)) / 4  # the mean differs between ranks
         parameter_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return x.to(self.dtype), grad_output.to(self.dtype), weight.to(parameter_dtype), bias.to(parameter_dtype)
 
 
 class Step(NamedTuple):
-    """What one rank has after one training step; activations in float64 for the comparison."""
+    """The results of one training step on one rank; activations in float64 for the comparison."""
 
     output: np.ndarray
     grad_input: np.ndarray
@@ -79,8 +79,8 @@ CASES = [(world_size, name) for world_size in SPLITS for name in cases(world_siz
 
 
 def take_steps(all_cases: dict[str, Case]) -> dict[str, Step]:
-    """Take one step per case; every rank has the same cases."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialized memory is NaN
+    """Run one step per case; every rank has the same cases."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialized memory with NaN
     return {name: take_step(case) for name, case in all_cases.items()}
 
 
@@ -97,7 +97,7 @@ def take_step(case: Case) -> Step:
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
     output = layer(x)
-    output.backward(grad_output[part])  # contiguous whatever the layout of x
+    output.backward(grad_output[part])  # contiguous, regardless of the layout of x
     return Step(
         output.detach().double().numpy(),
         x.grad.double().numpy(),
@@ -132,7 +132,7 @@ def test_one_step_equals_the_oracle_on_the_whole_batch(world_size, name):
     )
 
     def assert_close(actual, expected, *, dtype, terms):
-        # Results are rounded once to their dtype. Before that, `terms` roundings of the accumulation dtype enter.
+        # Results are rounded once to their dtype, after `terms` roundings in the accumulation dtype.
         unit = torch.finfo(dtype).eps / 2
         accumulation_unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
         scale = np.abs(expected).max(initial=1.0)
@@ -182,7 +182,7 @@ def test_gradients_of_the_parameters_are_sums_over_the_own_rank():
 
 
 def variances(offsets_and_scales: list[tuple[float, float]], split: tuple[int, ...]) -> list[np.ndarray]:
-    """Return the biased variance of float32 data `offset + scale * randn`, as an update with momentum 1 leaves it."""
+    """Return the biased variance of float32 data `offset + scale * randn`, from an update with momentum 1."""
     rank = dist.get_rank()
     part = slice(sum(split[:rank]), sum(split[: rank + 1]))
     found = []
@@ -307,7 +307,7 @@ def train_with_ddp(x, target, split, synchronize: bool):
     part = slice(sum(split[: dist.get_rank()]), sum(split[: dist.get_rank() + 1]))
     model = syncbn.convert_sync_batchnorm(network()) if synchronize else network()
     ddp = torch.nn.parallel.DistributedDataParallel(model)
-    # DDP averages the gradients over ranks: times the number of ranks makes them those of the sum.
+    # DDP averages gradients over ranks; multiplied by the number of ranks they are those of the sum.
     train(ddp, x[:, part], target[:, part], loss_scale=dist.get_world_size() / x.shape[1])
     return {name: value.numpy() for name, value in model.state_dict().items()}
 

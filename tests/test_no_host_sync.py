@@ -1,4 +1,4 @@
-"""Forward and backward never make the host wait for the device: nothing is read back, nothing depends on data."""
+"""Forward and backward never make the host wait for the device: they read no value and do not depend on data."""
 
 import os
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ class FailOnHostSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         assert not name.startswith(WAITS), f"{func} waits for the device"
-        if name.startswith("index"):  # boolean indexing is nonzero in disguise
+        if name.startswith("index"):  # boolean indexing calls nonzero
             indices = args[1] if isinstance(args[1], list | tuple) else [args[1]]
             assert all(i is None or i.dtype != torch.bool for i in indices), f"{func} with a boolean index"
         result = func(*args, **(kwargs or {}))
@@ -38,7 +38,7 @@ class FailOnHostSync(TorchDispatchMode):
 
 
 class FailOnRead(TorchFunctionMode):
-    """Raises on every method by which Python code reads a value; on CPU such a read is no operation."""
+    """Raises on every method by which Python code reads a value; on CPU such a read dispatches no operation."""
 
     def __init__(self, may_read=lambda tensor: False):
         super().__init__()
@@ -51,7 +51,7 @@ class FailOnRead(TorchFunctionMode):
 
 
 class NoHostSync(ExitStack):
-    """Both of them."""
+    """FailOnHostSync and FailOnRead together."""
 
     def __init__(self, may_read=lambda tensor: False):
         super().__init__()
@@ -72,12 +72,12 @@ def take_steps(
 
 
 def is_reduced_vector(tensor: torch.Tensor) -> bool:
-    """Return whether it comes from an all-reduce: on CPU the count or refusal in it is read, elsewhere it is not."""
+    """Return whether the tensor is an all-reduced vector, whose count or refusal is read on CPU only."""
     return tensor.shape == (7,) and tensor.dtype == torch.float64 and tensor.is_cpu
 
 
 def train(sizes: tuple[int, ...]) -> float:
-    os.environ["SYNCBN_BACKEND"] = "torch"  # what other devices than CPU use; that one may read values
+    os.environ["SYNCBN_BACKEND"] = "torch"  # the backend of other devices; the CPU backend may read values
     layer = syncbn.SyncBatchNorm(3, momentum=None, activation="relu")
     x = torch.randn(sizes[dist.get_rank()], 3, 4, 4, requires_grad=True)
     mask = torch.ones(len(x), 1, 4, 4, dtype=torch.bool)
@@ -100,7 +100,7 @@ def fake_group():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_without_data_go_through(fake_group, dtype):
-    """The meta device stands for an accelerator: reading a value from it fails, copying one to the host shows."""
+    """The meta device stands for an accelerator: reading a value fails, and a copy to the host is detected."""
     layer = syncbn.SyncBatchNorm(3, momentum=None, activation="relu", device="meta")
     x = torch.empty(2, 3, 4, 4, device="meta", dtype=dtype, requires_grad=True)
     mask = torch.empty(2, 1, 4, 4, device="meta", dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Which parameters decay, how the rate follows the batch, and its course over the steps."""
+"""Which parameters have weight decay, how the rate depends on the batch size, and the LR schedules."""
 
 import pytest
 import torch

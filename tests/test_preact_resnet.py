@@ -1,4 +1,4 @@
-"""The network: known sizes, the order of a unit, and what a norm factory may return."""
+"""The network: published sizes, the order within a unit, and the norms that a factory may return."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_the_order_of_norm_and_activation_is_an_option(order):
     pooled = []
     network.head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
     network(torch.randn(8, 3, 8, 8))
-    # the mean of what was just normalized is 0 over the batch; of what was then activated it is above
+    # the batch mean is 0 right after normalization, and above 0 after the activation
     assert bool((pooled[0].mean(0).abs() < 1e-5).all()) == (order == "relu_bn")
 
 

@@ -1,4 +1,4 @@
-"""Properties that hold for any shape, split, dtype, layout, offset and scale, among them what the texts claim."""
+"""Properties that hold for any shape, split, dtype, layout, offset and scale, including the documented claims."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ WORLD_SIZE = 3
 
 @st.composite
 def problems(draw):
-    """Draw what one training step may meet; plain values, so that every rank can build the same tensors."""
+    """Draw the parameters of one training step as plain values, from which every rank builds the same tensors."""
     spatial = draw(st.lists(st.integers(1, 4), max_size=3))
     sizes = draw(st.lists(st.integers(0, 4), min_size=WORLD_SIZE, max_size=WORLD_SIZE))
     if sum(sizes) * int(np.prod(spatial)) < 2:
@@ -52,7 +52,7 @@ def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def formats(x: torch.Tensor) -> list[torch.memory_format]:
-    """Return the memory formats that x is in; several where sizes of 1 leave it open: then all strides are as good."""
+    """Return the memory formats of x; if sizes of 1 allow several, all their strides are accepted."""
     by_dim = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
     candidates = [torch.contiguous_format, *by_dim.get(x.dim(), [])]
     found = [candidate for candidate in candidates if x.is_contiguous(memory_format=candidate)]
@@ -80,7 +80,7 @@ def solve(all_problems: list[dict]) -> list[tuple[np.ndarray, np.ndarray, np.nda
 
 
 def drawn(strategy, count: int) -> list:
-    """Return `count` examples, the same in every run: ranks are too slow to start for one example at a time."""
+    """Return `count` examples, the same in every run: starting ranks for one example at a time is too slow."""
     examples = []
 
     @settings(max_examples=count, database=None, derandomize=True, deadline=None)
@@ -103,7 +103,7 @@ def test_any_step_on_ranks_equals_the_oracle_on_the_whole_batch():
         gradients = reference.batch_norm_backward(grad_output, x, weight=weight)
         unit = torch.finfo(getattr(torch, problem["dtype"])).eps
         accumulated = min(unit, torch.finfo(torch.float32).eps)
-        # The float64 wire leaves a relative error of about 1e-16 (mean/std)^2 in the variance.
+        # The float64 vector gives the variance a relative error of about 1e-16 (mean/std)^2.
         growth = 1 + ((forward.mean * forward.invstd) ** 2).max() * 1e-16 / accumulated
         for name, actual, expected in (
             ("output", y, forward.output),
@@ -126,7 +126,7 @@ factors = st.floats(0.01, 100.0)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seeds, factors)
 def test_normalization_does_not_see_the_scale_of_the_weights_in_front_of_it(seed, a):
-    """BN(W u) = BN((aW) u); the Jacobian for u stays, the gradient for aW shrinks by 1/a (Ioffe & Szegedy, 3.3)."""
+    """BN(W u) = BN((aW) u); the Jacobian for u is equal, the gradient for aW is 1/a as large (Ioffe & Szegedy, 3.3)."""
     generator = torch.Generator().manual_seed(seed)
     u, grad_output = torch.randn(2, 12, 4, dtype=torch.float64, generator=generator)
     weight = torch.randn(4, 4, dtype=torch.float64, generator=generator)

@@ -1,4 +1,4 @@
-"""The README keeps its word: its Python block runs, its links and its commands exist."""
+"""The README is correct: its Python block runs, and its links and commands exist."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", [c for c in commands() if "train" in c and "make" not in c], ids=" ".join)
 def test_the_overrides_of_every_training_command_compose(command):
     overrides = [word for word in command[command.index("train") + 1 :] if "=" in word]
-    choices = [re.sub(r",.*", "", word) for word in overrides]  # the first of a sweep
+    choices = [re.sub(r",.*", "", word) for word in overrides]  # the first value of a sweep
     assert run.compose(choices).data is not None
 
 

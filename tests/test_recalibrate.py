@@ -1,4 +1,4 @@
-"""Population statistics: those of the whole data set, on every rank alike, and nothing else of the model changes."""
+"""Population statistics are those of the whole data set on every rank, and nothing else in the model changes."""
 
 import numpy as np
 import pytest

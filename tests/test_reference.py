@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from syncbn import reference
 
 SHAPES = [(7, 5), (4, 3, 6), (3, 4, 2, 5), (2, 3, 2, 3, 2)]
-# Both sides round about 100 additions of numbers near 1 to 1e-16 and agree to 1e-14; a wrong formula is off by 1e-2.
+# Both sides round about 100 additions of numbers near 1 to 1e-16, so they agree to 1e-14; a wrong formula errs by 1e-2.
 ATOL = 1e-12
-# Central differences at h = 1e-5: truncation near 1e-9, and small gradients lose some of that to cancellation.
+# Central differences at h = 1e-5: the truncation error is near 1e-9, and larger for small gradients (cancellation).
 NUMERICAL_ERROR = 1e-6
 
 
@@ -22,7 +22,7 @@ def rng():
 
 
 def drawn_input(rng, shape):
-    """Every channel has a mean and a scale of its own."""
+    """Return random input with a different mean and scale in every channel."""
     channels = (shape[1], *(1,) * (len(shape) - 2))
     return rng.normal(size=shape) * rng.uniform(0.5, 3, channels) + rng.normal(size=channels)
 
@@ -50,7 +50,7 @@ def assert_close(actual, expected, atol=ATOL):
 
 
 def assert_all_close(actual, expected):
-    """Compare as many results as there are expectations: torch has no gradient of a weight of None."""
+    """Compare as many results as are expected: torch has no gradient if the weight is None."""
     for one, other in zip(actual, expected, strict=False):
         assert_close(one, other)
 
@@ -228,7 +228,7 @@ def test_a_single_value_per_channel_gives_the_bias(rng):
 
 
 def test_an_offset_of_two_to_the_thirty_does_not_change_the_result(rng):
-    # Multiples of 2**-20 stay exact under the offset, so that only the arithmetic of the oracle can differ.
+    # Multiples of 2**-20 remain exact after adding the offset, so only the oracle's arithmetic can cause differences.
     x = np.round(rng.normal(size=(1000, 3)) * 2**20) / 2**20
     near, far = reference.batch_norm(x), reference.batch_norm(x + 2.0**30)
     assert_close(far.mean, near.mean + 2.0**30, atol=1e-16)

@@ -1,4 +1,4 @@
-"""The record of a run: what its files and its last line hold."""
+"""The record of a run: the contents of its files and of its result line."""
 
 import json
 import re

@@ -23,7 +23,7 @@ def samplers(world_size, num_samples=21, size=4, epoch=0, **options):
 
 
 def global_batches(world_size, **options):
-    """The indices of each global batch, put together from all ranks."""
+    """Return the indices of each global batch, combined from all ranks."""
     parts = zip(*samplers(world_size, **options), strict=True)
     return [sorted(index for index, _ in itertools.chain(*batch)) for batch in parts]
 

@@ -1,4 +1,4 @@
-"""Benchmarks run with small arguments, and their figures are right where they can be known."""
+"""Benchmarks run with small arguments, and their results are correct where the right value is known."""
 
 import csv
 import math
@@ -15,7 +15,7 @@ from ranks import run_ranks
 
 from syncbn import reference
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # a script finds its neighbours there
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # from there a script imports the others
 
 import accuracy_numerics
 import bench_layer
@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# --- what they share
+# --- shared code
 
 
 def whole_batch_step(norm: str) -> list[np.ndarray]:
@@ -90,7 +90,7 @@ def test_traffic_records_the_bytes_and_the_time_of_each_collective():
 
 
 def test_in_turns_returns_the_median_of_all_rounds_but_the_first(monkeypatch):
-    durations = iter([100, 100, 5, 1, 1, 1, 3, 9])  # of step a, of step b, and so on
+    durations = iter([100, 100, 5, 1, 1, 1, 3, 9])  # step a, step b, and so on
     monkeypatch.setattr(common, "milliseconds", lambda step, device: next(durations))
     found = common.in_turns({"a": lambda: None, "b": lambda: None}, 3, torch.device("cpu"))
     assert found == {"a": 3, "b": 1}
@@ -109,7 +109,18 @@ def test_rows_are_appended_and_other_columns_refused(tmp_path):
 
 
 def test_bench_layer_counts_the_bytes_of_the_formula(tmp_path):
-    arguments = ["--rounds", "1", "--ranks", "1", "2", "--shapes", "4x6x3x3", "--world-shape", "4x6x3x3"]
+    arguments = [
+        "--rounds",
+        "1",
+        "--ranks",
+        "1",
+        "2",
+        "--shapes",
+        "4x6x3x3",
+        "--world-shape",
+        "4x6x3x3",
+        "--no-compile",
+    ]
     rows = run_script(bench_layer.main, tmp_path, *arguments)
     assert {(row["ranks"], row["layout"]) for row in rows} == {
         (ranks, layout) for ranks in "12" for layout in bench_layer.LAYOUTS
@@ -119,8 +130,8 @@ def test_bench_layer_counts_the_bytes_of_the_formula(tmp_path):
     found = {(r["candidate"], r["ranks"]): r for r in read_rows(tmp_path / "world_cpu.csv")}
     expected = {
         "local BN + ReLU": (0, 0),
-        "syncbn + ReLU": (2, 8 * (2 * 6 + 1) + 8 * 2 * 6),
-        "syncbn, fused ReLU": (2, 8 * (2 * 6 + 1) + 8 * 2 * 6),
+        "syncbn + ReLU": (2, 2 * 8 * (2 * 6 + 1)),
+        "syncbn, fused ReLU": (2, 2 * 8 * (2 * 6 + 1)),
         "all-gather + ReLU": (2, 4 * (2 * 6 + 1) + 4 * 2 * 6),
         "mean of squares + ReLU": (2, 4 * 2 * 6 + 4 * 2 * 6),
     }
@@ -129,6 +140,13 @@ def test_bench_layer_counts_the_bytes_of_the_formula(tmp_path):
         assert (int(row["calls"]), int(row["bytes"])) == (calls, size)
         assert found[candidate, "1"]["bytes"] == "0"
         assert float(row["collectives_ms"]) <= float(row["ms"])
+
+
+def test_bench_layer_checks_the_compiled_layer_too():
+    x, grad_output = torch.randn(2, 4, 6, 3, 3)
+    layer = bench_layer.candidates(6)[bench_layer.COMPILED]
+    bench_layer.check(bench_layer.COMPILED, layer, x, grad_output)
+    assert bench_layer.COMPILED not in bench_layer.candidates(6, with_compile=False)
 
 
 def test_bench_layer_refuses_a_layer_that_computes_something_else():
@@ -146,7 +164,7 @@ def test_bench_model_measures_every_formulation(tmp_path):
     network = bench_model.network(20, torch.nn.BatchNorm2d, torch.device("cpu"), torch.float32)
     channels = [m.num_features for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert int(found["syncbn"]["calls"]) == 2 * len(channels)
-    assert int(found["syncbn"]["bytes"]) == sum(8 * (4 * c + 1) for c in channels)
+    assert int(found["syncbn"]["bytes"]) == sum(2 * 8 * (2 * c + 1) for c in channels)
     assert found["local BN"]["calls"] == "0"
 
 
@@ -166,7 +184,7 @@ def test_bench_model_refuses_a_network_that_computes_something_else():
 
 class KeepsItsInputAndOutput(torch.nn.Module):
     def forward(self, x):
-        return (x.exp() * x).view(-1) * 2  # exp keeps its output, the product both factors, the view nothing
+        return (x.exp() * x).view(-1) * 2  # exp saves its output, the product both factors, the view nothing
 
 
 def test_saved_bytes_counts_every_storage_once():
@@ -225,7 +243,7 @@ def test_ours_stays_accurate_where_the_mean_of_squares_does_not(tmp_path):
 
 # --- the model of scaling
 
-FABRIC = scaling_model.Fabric(10, scaling_model.Link(1, 1), scaling_model.Link(5, 0.5))  # 1 GB/s: 1000 bytes a us
+FABRIC = scaling_model.Fabric(10, scaling_model.Link(1, 1), scaling_model.Link(5, 0.5))  # 1 GB/s: 1000 bytes per us
 
 
 def test_an_all_reduce_costs_what_its_steps_cost():
@@ -242,7 +260,7 @@ def test_an_all_reduce_costs_what_its_steps_cost():
 def test_a_link_is_recovered_from_the_times_of_a_ring_of_two():
     link = scaling_model.Link(300, 2)
     fabric, pair = scaling_model.Fabric(0, link, link), scaling_model.Group(2, 1)
-    times = [(c, scaling_model.ring_us(fabric, pair, 8 * 2 * c)) for c in (64, 1024, 65536)]
+    times = [(c, scaling_model.ring_us(fabric, pair, 8 * (2 * c + 1))) for c in (64, 1024, 65536)]
     assert scaling_model.fit_link(times) == pytest.approx(link, rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Values that nothing could be built with are refused by name, with what must hold and what came."""
+"""Invalid values are refused by name, with the valid range and the value received."""
 
 import pytest
 
@@ -36,5 +36,5 @@ def test_milestones_are_rising_shares_of_the_run():
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Refusal, match=r"trainer.accelerator is gpu and torch finds none here: use trainer=cpu"):
+    with pytest.raises(Refusal, match=r"trainer.accelerator is gpu, but torch finds no GPU: use trainer=cpu"):
         settings.check_devices(run.compose(["trainer=gpu"]))

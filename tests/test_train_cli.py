@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 import yaml
@@ -11,7 +10,6 @@ from cli import TORCHRUN, TRAIN, start
 SHORT = ["model.width=4", "debug=limit"]
 
 
-@pytest.mark.slow
 def test_ranks_that_start_in_different_seconds_share_one_run(tmp_path):
     late = tmp_path / "late.py"
     late.write_text(
@@ -19,7 +17,7 @@ def test_ranks_that_start_in_different_seconds_share_one_run(tmp_path):
         "time.sleep(1.5 * int(os.environ['RANK']))\n"
         "runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
     )
-    done = start([*TORCHRUN, str(late), *SHORT], tmp_path, python=sys.executable)
+    done = start([*TORCHRUN, str(late), *SHORT], tmp_path)
     assert done.returncode == 0, done.stderr
     (directory,) = (tmp_path / "outputs").iterdir()
     lines = done.stdout.splitlines()

@@ -25,7 +25,10 @@ from train.norms import batch_norm
 from train.preact_resnet import preact_resnet
 
 # evaluated and exported with the fused layer of this project, so that plain BatchNorm has something to differ in
-SHORT = ["model.width=4", "trainer.max_epochs=2", "norm.activation=relu", "logger=none", "callbacks.progress=null"]
+SHORT = [
+    *("model.width=4", "norm.activation=relu", "data.num_train=600", "trainer.max_epochs=2"),
+    *("logger=none", "callbacks.progress=null"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,6 @@ def evaluate_on_rank(checkpoint, batch_size):
     return evaluate(checkpoint, batch_size)[:3]
 
 
-@pytest.mark.slow
 def test_every_number_of_ranks_and_every_batch_size_counts_as_training_did(trained):
     directory, line = trained
     checkpoint = directory / "checkpoints" / "last.ckpt"
@@ -71,7 +73,6 @@ def test_every_number_of_ranks_and_every_batch_size_counts_as_training_did(train
             assert rank == (correct, total, confusion)
 
 
-@pytest.mark.slow
 def test_the_command_evaluates_under_torchrun_and_leaves_the_classes_and_pictures(trained, tmp_path):
     directory, line = trained
     command = ["-m", "train.evaluate", f"checkpoint={directory}/checkpoints/last.ckpt", f"output={tmp_path}"]
@@ -192,7 +193,6 @@ def test_what_a_user_gets_wrong_is_one_sentence(command, arguments, message, tra
     assert "\n" not in sentence
 
 
-@pytest.mark.slow
 def test_a_sweep_continues_after_a_failed_job_and_again_where_it_was_cut_off(tmp_path):
     jobs = ["norm=local,nonsense", "model=mlp", "trainer.max_epochs=1", "logger=none", "+trainer.limit_train_batches=2"]
     command = [str(REPOSITORY / "scripts" / "sweep.py"), "--nproc", "2", "--output", "sweep", *jobs]
@@ -215,7 +215,6 @@ def test_a_sweep_continues_after_a_failed_job_and_again_where_it_was_cut_off(tmp
     assert "Traceback" not in other.stderr
 
 
-@pytest.mark.slow
 def test_two_nodes_of_two_ranks_share_one_run(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -237,7 +236,8 @@ def test_two_nodes_of_two_ranks_share_one_run(tmp_path):
 
 def test_hydras_own_sweep_works_for_single_processes(tmp_path):
     jobs = ["norm=local,layer", "model=mlp", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "run_name=s"]
-    done = start([*TRAIN, "-m", *jobs], tmp_path)
+    # the tests' one run by an interpreter that has imported nothing before
+    done = start([*TRAIN, "-m", *jobs], tmp_path, python=sys.executable)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RESULT") == 2
     assert {path.name for path in (tmp_path / "outputs" / "s").iterdir()} >= {"0", "1"}

@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-import pytest
 import torch
 from cli import TORCHRUN, TRAIN, start
 from PIL import Image
@@ -78,7 +77,6 @@ def prepare(path):
     ]
 
 
-@pytest.mark.slow
 def test_every_mistake_is_one_sentence_that_says_what_to_do_and_no_traceback(tmp_path):
     for arguments, expected in prepare(tmp_path):
         done = start([*TRAIN, *SMALL, *arguments], tmp_path)
@@ -88,14 +86,12 @@ def test_every_mistake_is_one_sentence_that_says_what_to_do_and_no_traceback(tmp
         assert len(done.stderr.splitlines()) <= 8, (arguments, done.stderr)
 
 
-@pytest.mark.slow
 def test_a_batch_smaller_than_the_number_of_ranks_ends_all_of_them(tmp_path):
     done = start([*TORCHRUN, *TRAIN, *SMALL, "data.global_batch_size=1"], tmp_path, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("error: every rank must get an image: the global batch has 1 and there are 2 ranks") == 1
 
 
-@pytest.mark.slow
 def test_an_error_of_one_rank_ends_the_others_without_a_traceback(tmp_path):
     root = image_folder(tmp_path / "images")
     broken = root / "train" / "ant" / "0.png"
@@ -107,7 +103,6 @@ def test_an_error_of_one_rank_ends_the_others_without_a_traceback(tmp_path):
     assert "train/__main__" not in done.stderr, done.stderr  # torchrun has lines of its own
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_ranks_after_the_same_step(tmp_path):
     diverge = ["optimizer.lr_per_256=1e30", "callbacks.snapshots.every_n_steps=1", "run_name=run"]
     done = start([*TORCHRUN, *TRAIN, *SMALL, *diverge], tmp_path, timeout=60)

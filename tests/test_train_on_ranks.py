@@ -15,7 +15,6 @@ from ranks import run_ranks
 
 from train import run
 
-STEPS = 30
 SMALL = [
     "model.width=4",
     "data.global_batch_size=68",
@@ -25,7 +24,7 @@ SMALL = [
     "trainer=cpu",
     "+trainer.enable_checkpointing=false",
     "+trainer.enable_progress_bar=false",
-    f"+trainer.max_steps={STEPS}",
+    "+trainer.max_steps=30",
     "+trainer.limit_val_batches=0",
 ]
 
@@ -66,12 +65,14 @@ DOUBLE = ("trainer.precision=64-true",)
 
 
 def test_two_ranks_have_the_step_losses_of_one_with_synchronized_statistics_and_not_with_local_ones():
+    two_epochs = ("data.num_train=379", "trainer.max_steps=12")  # each of 5 batches and one of a single image
     # At the rate of the others, one ReLU on whose sign float32 values disagree grows to 1e-2 within 30 steps.
-    cases = [DOUBLE, ("optimizer.lr_per_256=0.01",), (*DOUBLE, "norm=local", "trainer.max_steps=5")]
+    float32 = (*two_epochs, "optimizer.lr_per_256=0.01")
+    cases = [(*DOUBLE, *two_epochs), float32, (*DOUBLE, "norm=local", "trainer.max_steps=5")]
     alone = [step_losses(*case) for case in cases]
     first, second = run_ranks(2, step_losses_on_a_rank, cases)
     assert first == second
-    assert [len(losses) for losses in alone + first] == [STEPS, STEPS, 5] * 2
+    assert [len(losses) for losses in alone + first] == [12, 12, 5] * 2
     double, single, local = (
         max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in zip(first, alone, strict=True)
     )

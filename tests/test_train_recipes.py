@@ -65,7 +65,6 @@ def two_steps(names):
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_recipe_takes_two_steps(world_size):
     names = ON_TWO_RANKS if world_size == 2 else [name for name in RECIPES if name not in ON_TWO_RANKS]

@@ -2,7 +2,7 @@
 
 import csv
 import os
-import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,19 +13,20 @@ from cli import TORCHRUN, TRAIN, popen, start
 from lightning.pytorch import Callback
 from ranks import run_ranks
 
-from train import distenv, resume, run
+from train import distenv, resume, run, stop
 from train.distenv import Refusal
 from train.loggers import MetricsFile
 from train.samplers import GlobalBatchSampler
 from train.stop import Stopped, StopSignals, StopsTests
 
-# everything that has a state or draws random numbers: 2 epochs of 21 steps, running statistics of each rank's own
+# Everything that has a state or draws random numbers: 2 epochs of 12 steps, running statistics of each rank's own.
 STATEFUL = [
-    *("model.width=4", "trainer.max_epochs=2", "norm=local", "model.dropout=0.1", "mixing=mixup_cutmix"),
-    *("callbacks=ema", "callbacks.ema.decay=0.9", "callbacks.ema.recalibrate_batches=2", "data.num_workers=1"),
-    *("callbacks.snapshots.every_n_steps=4", "trainer.log_every_n_steps=3", "run_name=run"),
+    *("model=mlp", "model.widths=[16,16]", "model.dropout=0.1", "norm=local", "mixing=mixup_cutmix"),
+    *("data.num_train=800", "data.num_workers=1", "trainer.max_epochs=2", "trainer.log_every_n_steps=3"),
+    *("callbacks=ema", "callbacks.ema.decay=0.9", "callbacks.ema.recalibrate_batches=2", "logger=csv"),
+    *("callbacks.snapshots.every_n_steps=4", "run_name=run"),
 ]
-STEPS = 42
+STEPS = 24  # with snapshots after 0, 4, 8, 11, 12, 16, 20, 23 and all of them
 CLOCK = {"images_per_second", "data_wait"}
 
 
@@ -69,28 +70,33 @@ def uninterrupted(tmp_path_factory):
     return what_a_run_leaves(directory)
 
 
-@pytest.mark.slow
-def test_a_rank_killed_at_a_random_step_leaves_no_trace_once_torchrun_has_restarted_the_run(uninterrupted, tmp_path):
-    step = random.SystemRandom().randrange(1, STEPS)
-    kill = f"+callbacks.kill={{_target_: saboteur.Killed, rank: {step % 2}, step: {step}}}"
-    done = start([*TORCHRUN, "--max-restarts=1", *TRAIN, *STATEFUL, kill], tmp_path)
-    assert done.returncode == 0, f"killed at step {step}\n{done.stderr}"
+DEATHS = {  # the rank that dies and the step after which it dies: the snapshot that the next life begins with
+    (0, 5): 4,  # right after a snapshot, the rank that has written it
+    (1, 10): 8,  # in the middle between two snapshots, the other rank
+    (0, 19): 16,  # in the second epoch: another order of the images, and a best checkpoint is there
+}
+
+
+def test_ranks_killed_in_three_lives_leave_no_trace_once_torchrun_has_restarted_the_run(uninterrupted, tmp_path):
+    kill = f"+callbacks.kill={{_target_: saboteur.Killed, deaths: {[list(death) for death in DEATHS]}}}"
+    done = start([*TORCHRUN, f"--max-restarts={len(DEATHS)}", *TRAIN, *STATEFUL, kill], tmp_path)
+    assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["run"]
-    assert done.stdout.count("resumed from") == 1
+    resumed = re.findall(r"resumed from .*, after step (\d+)", done.stdout)
+    assert [int(step) for step in resumed] == list(DEATHS.values())
     left = what_a_run_leaves(tmp_path)
-    assert_identical(left[0], uninterrupted[0], f"killed at step {step}: ")
+    assert_identical(left[0], uninterrupted[0])
     assert left[1] == uninterrupted[1]
     steps = [int(row["step"]) for row in left[1] if row["train_loss_step"]]
     assert steps == list(range(2, STEPS, 3))
 
 
-@pytest.mark.slow
 def test_sigterm_and_sigint_save_and_stop_within_ten_seconds_and_the_resumed_run_is_the_same(uninterrupted, tmp_path):
     last = tmp_path / "outputs" / "run" / "checkpoints" / "last.ckpt"
     command = [*TORCHRUN, *TRAIN, *STATEFUL, "resume=auto"]
     for signum in (signal.SIGTERM, signal.SIGINT):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        process = popen(command, tmp_path)
+        process = popen([*command, "+callbacks.slow={_target_: saboteur.Slow, seconds: 0.1}"], tmp_path)
         while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
             time.sleep(0.02)
         process.send_signal(signum)
@@ -117,6 +123,14 @@ SMALL = [
     ),
     *("trainer.precision=64-true", "data.global_batch_size=30", "+trainer.limit_val_batches=1"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing would take most of the time of a run in this process."""
+    monkeypatch.setattr("train.callbacks.draw_curves", lambda *arguments: None)
+    monkeypatch.setattr("train.pictures.draw_confusion", lambda *arguments: None)
+    monkeypatch.setattr("train.pictures.draw_mistakes", lambda *arguments: None)
 
 
 class Interrupted(Exception):
@@ -296,6 +310,7 @@ def test_a_metrics_file_is_cut_back_to_the_checkpoint_and_appended(tmp_path):
 
 
 def blocked_in_a_collective():
+    stop.DEADLINE_S = 1
     signals = StopSignals()
     signals.install()
     if torch.distributed.get_rank() == 0:
@@ -304,12 +319,12 @@ def blocked_in_a_collective():
     time.sleep(60)
 
 
-@pytest.mark.slow
 def test_a_rank_that_waits_for_a_dead_peer_ends_by_itself_after_a_signal():
     began = time.monotonic()
     with pytest.raises(AssertionError, match=f"exit code {128 + signal.SIGTERM}"):
         run_ranks(2, blocked_in_a_collective)
     assert time.monotonic() - began < 30
+    assert stop.DEADLINE_S < 10  # what is promised for a run that is told to stop
 
 
 def test_signals_are_given_back():

@@ -52,7 +52,6 @@ def compiled_losses():
     return losses
 
 
-@pytest.mark.slow
 def test_a_network_compiled_to_one_graph_with_its_synchronized_norms_has_the_same_losses():
     for plain, compiled in run_ranks(2, compiled_losses, timeout_s=300, collective_timeout_s=200):
         assert compiled == pytest.approx(plain, rel=1e-4)

@@ -183,7 +183,6 @@ def grouped_means():
     return before["stages.0.0.norm2.running_mean"]
 
 
-@pytest.mark.slow
 def test_groups_share_statistics_within_and_not_between():
     a, b, c, d = run_ranks(4, grouped_means)
     assert torch.equal(a, b)

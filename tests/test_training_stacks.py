@@ -1,4 +1,4 @@
-"""The layer inside what networks are trained with: DDP options, FSDP2, gradient accumulation, GradScaler, freezing."""
+"""The layer with common training tools: DDP options, FSDP2, gradient accumulation, GradScaler, freezing."""
 
 from collections.abc import Callable
 
@@ -162,7 +162,7 @@ FROZEN = [("weight",), ("bias",), ("weight", "bias"), ("input",), ("input", "bia
 
 
 def freeze(model: nn.Module, frozen: tuple[str, ...]) -> None:
-    """Freeze weights or biases of every normalization, or the convolution in front of the first: its input."""
+    """Freeze the weights or biases of every normalization, or the convolution before the first: its input."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.weight.requires_grad_("weight" not in frozen)
@@ -188,7 +188,7 @@ def test_frozen_in_any_combination_equals_one_process(frozen):
 
 
 def unequal_needs() -> bool:
-    """On rank 1 nothing but the bias needs a gradient; backward passes still stay in step."""
+    """On rank 1 only the bias needs a gradient; backward passes still make the same collective calls."""
     layer = syncbn.SyncBatchNorm(3)
     x = torch.randn(4, 3, requires_grad=dist.get_rank() == 0)
     layer.weight.requires_grad_(dist.get_rank() == 0)
@@ -212,7 +212,7 @@ def scaled(with_scaler: bool) -> dict[str, torch.Tensor]:
             y = model(batch)
         loss = nn.functional.cross_entropy(y.float(), classes, reduction="sum") / 4
         if with_scaler and index == 1 and dist.get_rank() == 1:
-            loss = loss * torch.inf  # an overflow on one rank reaches all of them and the step is left out
+            loss = loss * torch.inf  # an overflow on one rank reaches all ranks, and the step is skipped
         scaler.scale(loss).backward()
         if not with_scaler and index == 1:
             continue

@@ -1,4 +1,4 @@
-"""The layer on the Triton backend: end to end on ranks, how often it launches and reads, what it compiles to."""
+"""The layer on the Triton backend: results on ranks, numbers of launches and reads, and compiled kernels."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def recompute() -> tuple[float, float]:
     layer = syncbn.SyncBatchNorm(3, momentum=0.5)
     version = layer.running_mean._version
     y = torch.utils.checkpoint.checkpoint(layer, torch.ones(4, 3).cumsum(0).requires_grad_(), use_reentrant=False)
-    assert layer.running_mean._version > version  # autograd would notice if somebody had saved it
+    assert layer.running_mean._version > version  # autograd would raise if the buffer had been saved
     y.sum().backward()
     return layer.num_batches_tracked.item(), layer.running_mean[0].item()
 
@@ -84,7 +84,7 @@ def test_per_channel_tensors_may_be_columns_of_a_larger_one(monkeypatch):
 
 @pytest.fixture
 def without_data(monkeypatch):
-    """Tensors without data go to Triton, whose launches are recorded; a group of two ranks whose all-reduce is none."""
+    """Triton for tensors without data, in a group of two ranks whose collectives do nothing."""
     monkeypatch.setenv("SYNCBN_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
@@ -97,7 +97,7 @@ def launches_of(step) -> list[sm90.Launch]:
 
 
 def traffic(launches: list[sm90.Launch], numel: int) -> dict[str, int]:
-    """Return how often the launches take a tensor as large as the activations, by the name of the argument."""
+    """Return how many launches have an argument as large as the activations, by name of the argument."""
     names = [name for launch in launches for name, tensor in launch.tensors().items() if tensor.numel() == numel]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
@@ -161,7 +161,7 @@ def test_programs_cover_all_tiles_and_respect_the_limits_of_the_device(shape, ch
 
 
 def test_kernels_compile_for_sm90_without_spills_and_with_wide_accesses():
-    """In a process of its own: under the interpreter kernels cannot be compiled."""
+    """Runs in a separate process: kernels cannot be compiled under the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("sm90.py")
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])

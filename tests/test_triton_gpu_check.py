@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py and scripts/bench_kernels.py as far as they run without a GPU."""
+"""scripts/gpu_check.py and scripts/bench_kernels.py to the extent that they run without a GPU."""
 
 import csv
 import json

@@ -6,6 +6,7 @@ command whose caller was killed is killed.
 """
 
 import atexit
+import gc
 import importlib
 import os
 import runpy
@@ -68,6 +69,7 @@ def serve(address: str) -> tuple[list[str], list[int]]:
     """Fork for every caller; return in the fork, with the caller's message and streams."""
     for name in MODULES:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a fork would copy and search all that has been imported
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen()
@@ -114,6 +116,7 @@ def run(parts: list[str], streams: list[int]) -> None:
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(variable.split("=", 1) for variable in rest[end + 1 :])
+    sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)  # what the command starts is warm too
     sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
     code: object = 0
     try:
