@@ -1,4 +1,4 @@
-# Every target makes its own .venv when it is missing. NPROC and ARGS reach the trainer, WORKERS and ARGS pytest:
+# Targets that need .venv create it. NPROC and ARGS are passed to the trainer, WORKERS and ARGS to pytest:
 #   make train NPROC=4 ARGS="norm=local trainer.max_epochs=5"
 #   make test WORKERS=4 ARGS=tests/test_module.py
 PYTHON ?= python3
@@ -25,7 +25,7 @@ check: $(READY) ## lint, format check and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## measure what synchronization costs on this CPU: rows in benchmarks/, pictures in docs/ (under 10 minutes)
+bench: $(READY) ## measure synchronization on this CPU: rows in benchmarks/, pictures in docs/ (under 10 minutes)
 	$(BIN)/python scripts/bench_layer.py
 	$(BIN)/python scripts/bench_model.py
 	$(BIN)/python scripts/bench_memory.py
@@ -39,6 +39,6 @@ clean: ## remove the environment, caches and run directories
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
-	@# pip would compile on one core; some packages hold files for other Pythons
+	@# pip would compile on one core; some packages contain files for other Python versions, which do not compile
 	$(BIN)/python -m compileall -qq -j 0 .venv || true
 	@touch $@

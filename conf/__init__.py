@@ -1,1 +1,1 @@
-"""Hydra's configuration files, found as `pkg://conf` from any directory."""
+"""Hydra's configuration files, available as `pkg://conf` from any directory."""

@@ -2,15 +2,16 @@
 
     python scripts/accuracy_numerics.py           # real gloo ranks, under a minute
 
-One batch of standard normal numbers plus an offset is split over the ranks. The relative error is the largest over all
-values and ranks against the NumPy float64 oracle on the whole batch of the same rounded numbers: of mean, y and
-grad_input relative to the largest value of each, of the variance channel by channel. Mean and variance are read from
-running statistics, float32 unless the batch is float64. inf stands for NaN. Rows are appended to
+One batch of standard normal numbers plus an offset is split over the ranks. The oracle is NumPy float64 on the whole
+batch of the same rounded numbers. The relative error is the largest over all values and ranks: of mean, y and
+grad_input relative to the largest value of each, of the variance relative to each channel's. Mean and variance are read
+from the running statistics, float32 unless the batch is float64. inf stands for NaN. Rows are appended to
 benchmarks/numerics.csv; tables in docs/performance.md.
 
 Last answer (AMD EPYC, torch 2.14.1, f434781): float32 at mean/std 1e4 on 1 to 8 ranks: variance 5e-7 and output 2e-7;
-gathered 3e-5 and 3e-4; mean of squares without a correct digit. On 2 ranks and more all lose above that, we to 3e-4 and
-1e-4 at 1e6, which is the float64 wire; in float64 the wire is what limits from 1e1 on (2e-12 at 1e2).
+all-gather 3e-5 and 3e-4; mean of squares has no correct digit. On 2 ranks or more the errors of all formulations grow
+above 1e4; ours reach 3e-4 and 1e-4 at 1e6, the limit of the float64 vector that is all-reduced. For float64 batches
+this vector is the limit from 1e1 on (2e-12 at 1e2).
 """
 
 import math
@@ -37,7 +38,7 @@ BAR = 1e-6
 
 
 def batch(ratio: float, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and grad_output of all ranks together, the same on each."""
+    """Return x and grad_output of the whole batch, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     x, grad_output = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
     return (x + ratio).to(dtype), grad_output.to(dtype)
@@ -70,7 +71,7 @@ def measure(shape: tuple[int, ...], ratios: list[float], dtypes: list[str]) -> l
         for ratio in ratios:
             x, grad_output = batch(ratio, dtype, shape)
             if not x.isfinite().all() or (x.double().amax((0, 2, 3)) == x.double().amin((0, 2, 3))).any():
-                continue  # the dtype has no such numbers, or rounding to it has left a constant
+                continue  # the dtype cannot represent the numbers, or rounding made a channel constant
             for candidate, norm in common.NORMS.items():
                 if candidate == LOCAL and ranks > 1:
                     continue

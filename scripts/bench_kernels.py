@@ -4,11 +4,17 @@
     python scripts/bench_kernels.py --shapes 64x2048x7x7 --dtypes bfloat16 --rounds 50
     python scripts/bench_kernels.py --tune                                     # block sizes instead of candidates
 
-Candidates take turns in one run, each forward + backward: a copy of as many bytes as batch normalization has to move
-(x twice and y; x and grad_output twice and grad_input), cuDNN/ATen's local batch_norm + ReLU, the kernels of
-torch.nn.SyncBatchNorm + ReLU, torch.compile of our plain backend, our kernels with ReLU apart and fused. Each is
-checked against the formulas in float64 first. `kernel` times are replays of CUDA graphs, what the device needs; `eager`
-times hold what launching adds. The L2 cache is flushed before each. Rows are appended to benchmarks/kernels_gpu.csv.
+Candidates alternate in one run, each with forward and backward:
+
+- a copy of as many bytes as batch normalization must move (x twice and y; x and grad_output twice and grad_input);
+- local batch_norm of cuDNN/ATen + ReLU;
+- the kernels of torch.nn.SyncBatchNorm + ReLU;
+- torch.compile of our plain backend;
+- our kernels with a separate and with a fused ReLU.
+
+Each is first checked against the formulas in float64. `kernel` times are replays of CUDA graphs, so device time only;
+`eager` times include kernel launches. The L2 cache is flushed before each. Rows are appended to
+benchmarks/kernels_gpu.csv.
 
 Last answer: not yet measured.
 """
@@ -29,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed as well
+sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
 
 import syncbn  # noqa: E402
 from syncbn.backends import triton_launch  # noqa: E402
@@ -47,7 +53,7 @@ BOTH_PARAMETERS = OutputMask(weight=True, bias=True, dy=False)
 MAX_ERROR = 1e-4
 FLUSH_BYTES = 2**28
 TENSORS_MOVED = 8  # activations read and written: 3 forward, 5 backward
-COMPILE_SHARE = 0.6  # of the time budget, after which torch.compile is left out: 32 cases compile for minutes
+COMPILE_SHARE = 0.6  # of the time budget; later cases skip torch.compile, as 32 cases compile for minutes
 TUNED = [  # TILE_ELEMENTS, TILE_WARPS, TILE_STAGES
     (4096, 8, 1), (2048, 8, 1), (2048, 4, 1), (8192, 8, 1), (4096, 4, 1), (4096, 8, 3), (2048, 8, 3), (2048, 4, 4),
 ]  # fmt: skip
@@ -85,7 +91,7 @@ def cases(shapes: list[tuple[int, ...]], dtypes: list[str]) -> list[Case]:
 
 
 def candidates(x: Tensor, grad_output: Tensor, *, with_compile: bool) -> dict[str, Step]:
-    """Return what is compared; each step returns the output and the gradient of x."""
+    """Return the compared steps by name; each returns the output and the gradient of x."""
     C = x.shape[1]
     source = x.new_empty(TENSORS_MOVED // 2 * x.numel())
     target = torch.empty_like(source)
@@ -133,7 +139,7 @@ def _through_autograd(layer: Callable[[Tensor], Tensor], x: Tensor, grad_output:
 
 
 def _torch_sync_sequence(x: Tensor, grad_output: Tensor) -> Step:
-    """Return the kernels that torch.nn.SyncBatchNorm runs, without its collectives and its wait for the device."""
+    """Return the kernels of torch.nn.SyncBatchNorm, without its collectives and its host-device synchronization."""
     C = x.shape[1]
     weight, bias, running_mean, running_var = (
         torch.full((C,), value, device=x.device) for value in (1.0, 0.0, 0.0, 1.0)
@@ -158,7 +164,7 @@ def _torch_sync_sequence(x: Tensor, grad_output: Tensor) -> Step:
 
 
 def _our_sequence(x: Tensor, grad_output: Tensor) -> Step:
-    """Return the launches of a synchronized layer, without its collectives."""
+    """Return the kernel launches of a synchronized layer, without its collectives."""
     C = x.shape[1]
     weight, bias, running_mean, running_var = (
         torch.full((C,), value, device=x.device) for value in (1.0, 0.0, 0.0, 1.0)
@@ -178,7 +184,7 @@ def _our_sequence(x: Tensor, grad_output: Tensor) -> Step:
 def check(steps: dict[str, Step], x: Tensor, grad_output: Tensor) -> None:
     """Compare one step of each candidate with the formulas in float64, channel by channel to save memory.
 
-    Values next to the kink of the ReLU are left out: there rounding decides.
+    Values next to the kink of the ReLU are excluded: their sign depends on rounding.
     """
     results = {name: step() for name, step in steps.items() if name != COPY}
     rounding = torch.finfo(x.dtype).eps
@@ -213,7 +219,7 @@ def captured(step: Step) -> Callable[[], Any]:
 
 
 def milliseconds(steps: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
-    """Return the median time of each candidate; they take turns, each after the cache has been flushed."""
+    """Return the median time of each candidate; they alternate, each after a flush of the cache."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     if device == "cpu":
         for _ in range(rounds):
@@ -242,7 +248,7 @@ def measure(case: Case, device: str, rounds: int, *, with_compile: bool) -> dict
     """Return milliseconds by mode and candidate."""
     x, grad_output = case.tensors(device)
     if with_compile:
-        torch._dynamo.reset()  # it compiles one function for a few shapes only, then leaves it as it is
+        torch._dynamo.reset()  # Dynamo stops compiling a function after a few shapes
     steps = candidates(x, grad_output, with_compile=with_compile)
     check(steps, x, grad_output)
     found = {"eager": milliseconds(dict(steps), device, rounds)}
@@ -288,7 +294,7 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def report(case: Case, found: dict[str, dict[str, float]]) -> list[str]:
-    """Return lines of a table: milliseconds, speed relative to torch's SyncBN and to the copy."""
+    """Return the lines of a table: milliseconds, bandwidth relative to the copy, speed relative to torch's SyncBN."""
     megabytes = torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize / 1e6
     lines = [f"{'x'.join(map(str, case.shape))} {case.dtype} {case.layout} ({megabytes:.0f} MB)"]
     for mode, times in found.items():
@@ -299,7 +305,7 @@ def report(case: Case, found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def summary(results: list[tuple[Case, dict[str, dict[str, float]]]]) -> list[str]:
-    """Return the bars: speed against torch's SyncBN, and share of the copy's bandwidth from 64 MB on."""
+    """Return the results with their bars: speed against torch's SyncBN, share of the copy's bandwidth from 64 MB."""
     modes = [mode for mode in ("kernel", "eager") if results and mode in results[0][1]]
     lines = []
     for mode in modes:
@@ -332,7 +338,7 @@ def append(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def versions(device: str) -> dict[str, str]:
-    """Return what identifies a measurement; the commit from the environment where there is no repository."""
+    """Return commit, device and versions; without a repository the commit comes from the variable GIT_COMMIT."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -357,7 +363,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     for case in cases(arguments.shapes or SHAPES, arguments.dtypes):
         elapsed = time.monotonic() - started
         if elapsed > arguments.budget_s:
-            print(f"left out, the time budget is spent: {case}")
+            print(f"skipped, the time budget is spent: {case}")
             continue
         with_compile = device != "cpu" and elapsed < COMPILE_SHARE * arguments.budget_s
         if arguments.tune:

@@ -1,15 +1,15 @@
-"""What does a layer cost on CPU: its steps, the layer against other formulations, and its share of communication?
+"""What does a layer cost on CPU: each op, the layer against other formulations, and the share of communication?
 
     python scripts/bench_layer.py                                 # everything: 2 to 3 minutes on 2 cores
     python scripts/bench_layer.py --parts layer --rounds 5
     python scripts/bench_layer.py --parts world --ranks 1 2 4 8
 
 - ops: each op of both CPU backends, in units of a copy of the same tensor;
-- layer: forward and backward with a ReLU, in units of local BatchNorm2d + ReLU, which synchronizes nothing;
-- world: one layer by number of ranks, how much of it are collectives, and what each rank hands to them.
+- layer: forward and backward with a ReLU, in units of local BatchNorm2d + ReLU, which does not synchronize;
+- world: one layer by number of ranks: the share of time in collectives, and the bytes that each rank passes to them.
 
-Each case is checked against the NumPy oracle first. Then all candidates take turns and their medians are compared
-within the run; figures of different runs say little on a shared machine. One thread for each rank. Rows are appended to
+Each case is first checked against the NumPy oracle. Then all candidates alternate and their medians are compared within
+the run; on a shared machine, times of different runs are not comparable. Each rank has one thread. Rows are appended to
 benchmarks/layer_cpu.csv, ops_cpu.csv and world_cpu.csv; tables in docs/performance.md.
 
 Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781), mean over shapes, in times of local BatchNorm2d + ReLU: one
@@ -21,6 +21,7 @@ cores.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,17 @@ COMPILED = "syncbn, torch.compile"
 Shape = tuple[int, ...]
 
 
-def candidates(num_features: int) -> dict[str, nn.Module]:
-    """Return what is compared, each with a ReLU."""
-    separate: dict[str, nn.Module] = {
+def candidates(num_features: int, *, with_compile: bool = True) -> dict[str, nn.Module]:
+    """Return the compared layers by name, each with a ReLU."""
+    found: dict[str, nn.Module] = {
         f"{name} + ReLU": nn.Sequential(norm(num_features), nn.ReLU()) for name, norm in common.NORMS.items()
     }
-    return separate | {
-        "syncbn, fused ReLU": syncbn.SyncBatchNorm(num_features, activation="relu"),
-        COMPILED: compiled_layer(num_features),
-    }
-
-
-def compiled_layer(num_features: int) -> nn.Module:
-    """Return the layer as `torch.compile` makes it, with this process compiling alone."""
-    torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than this to compile
-    layer: Any = torch.compile(syncbn.SyncBatchNorm(num_features, activation="relu"), fullgraph=True, dynamic=False)
-    return layer
+    found["syncbn, fused ReLU"] = syncbn.SyncBatchNorm(num_features, activation="relu")
+    if with_compile:
+        torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than this to compile
+        layer: Any = torch.compile(syncbn.SyncBatchNorm(num_features, activation="relu"), fullgraph=True, dynamic=False)
+        found[COMPILED] = layer
+    return found
 
 
 def inputs(shape: Shape, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
@@ -70,10 +66,10 @@ def inputs(shape: Shape, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
 
 
 def check(name: str, layer: nn.Module, x: Tensor, grad_output: Tensor) -> None:
-    """Compare one step with the oracle on the batch of all ranks; local layers with that on their own batch.
+    """Compare one step with the oracle on the batch of all ranks, or on this rank's batch for local layers.
 
     Raises:
-        AssertionError: the layer computes something else; a benchmark of it would mean nothing.
+        AssertionError: the results differ, so that a benchmark would be meaningless.
     """
     is_local = name.startswith(LOCAL)
     x_all, grad_all = (part if is_local else common.whole_batch(part) for part in (x, grad_output))
@@ -116,10 +112,12 @@ def time_ops(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str
     return common.in_turns(ops, rounds, CPU)
 
 
-def time_layers(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[str, float]:
+def time_layers(
+    shape: Shape, layout: torch.memory_format, rounds: int, *, with_compile: bool = True
+) -> dict[str, float]:
     """Return the median milliseconds of forward and backward by candidate."""
     x, grad_output = inputs(shape, layout)
-    layers = candidates(shape[1])
+    layers = candidates(shape[1], with_compile=with_compile)
     for name, layer in layers.items():
         check(name, layer, x, grad_output)
     x.requires_grad_()
@@ -133,10 +131,9 @@ def time_layers(shape: Shape, layout: torch.memory_format, rounds: int) -> dict[
 
 
 def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
-    """Return, by candidate: milliseconds of a step, of its collectives, calls and bytes that this rank hands over."""
+    """Return, by candidate: milliseconds of a step and of its collectives, calls, and bytes that this rank passes."""
     x, grad_output = inputs(shape, torch.contiguous_format)
-    layers = candidates(shape[1])
-    del layers[COMPILED]  # it calls no functions of torch.distributed that could be counted
+    layers = candidates(shape[1], with_compile=False)  # calls no functions of torch.distributed that are recorded
     for name, layer in layers.items():
         check(name, layer, x, grad_output)
     x.requires_grad_()
@@ -161,12 +158,12 @@ def measure_traffic(shape: Shape, rounds: int) -> list[dict[str, Any]]:
 
 
 def for_each_case(measure: Any, shapes: list[Shape], rounds: int) -> list[tuple[Shape, str, dict[str, float]]]:
-    """Return what `measure` finds for each shape and layout."""
+    """Return the result of `measure` for each shape and layout."""
     return [(shape, name, measure(shape, layout, rounds)) for shape in shapes for name, layout in LAYOUTS.items()]
 
 
 def report_cases(title: str, cases: list, unit: str, path: Path, ranks: int) -> None:
-    """Print the ratios to the time of `unit`, with their mean, and append rows."""
+    """Print the times relative to that of `unit`, with their mean, and append rows."""
     names = [name for name in cases[0][2] if name != unit]
     ratios = [{name: found[name] / found[unit] for name in names} for _, _, found in cases]
     table = [
@@ -192,7 +189,7 @@ def report_traffic(shape: Shape, by_ranks: dict[int, list[dict[str, Any]]], path
     table = [
         [r["candidate"], str(r["ranks"]), f"{r['ms']:.1f}", f"{r['collectives_ms'] / r['ms']:.0%}", str(r["calls"]),
          str(r["bytes"])]
-        for r in sorted(rows, key=lambda r: list(candidates(1)).index(r["candidate"]))
+        for r in sorted(rows, key=lambda r: list(candidates(1, with_compile=False)).index(r["candidate"]))
     ]  # fmt: skip
     columns = ["candidate", "ranks", "ms", "in collectives", "calls", "bytes per rank"]
     common.print_table(f"one layer, forward + backward, {_text(shape)} per rank", columns, table)
@@ -200,11 +197,11 @@ def report_traffic(shape: Shape, by_ranks: dict[int, list[dict[str, Any]]], path
 
 
 def draw(cases: dict[int, list], by_ranks: dict[int, list[dict[str, Any]]], path: Path) -> None:
-    """Draw the mean ratio to the local layer, and time by ranks split into collectives and the rest."""
+    """Draw the mean ratio to the local layer, and the time by number of ranks, split into collectives and the rest."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     unit, width = f"{LOCAL} + ReLU", 0.8 / len(cases)
-    names = [name for name in candidates(1) if name != unit]
+    names = [name for name in next(iter(cases.values()))[0][2] if name != unit]
     for index, (ranks, found) in enumerate(cases.items()):
         means = [statistics.mean(times[name] / times[unit] for *_, times in found) for name in names]
         positions = [place + (index - (len(cases) - 1) / 2) * width for place in range(len(names))]
@@ -214,7 +211,7 @@ def draw(cases: dict[int, list], by_ranks: dict[int, list[dict[str, Any]]], path
     left.invert_yaxis()
     left.axvline(1, color="black", linewidth=0.8)
     left.legend(frameon=False)
-    columns = [name for name in candidates(1) if name != COMPILED]
+    columns = list(candidates(1, with_compile=False))
     width = 0.8 / len(columns)
     for index, name in enumerate(columns):
         found = [next(f for f in all_found if f["candidate"] == name) for all_found in by_ranks.values()]
@@ -235,12 +232,13 @@ def _text(shape: Shape) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the parts that were asked for."""
+    """Measure the requested parts."""
     parser = common.parser(__doc__, "layer_cpu")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--parts", nargs="+", choices=["ops", "layer", "world"], default=["ops", "layer", "world"])
-    parser.add_argument("--ranks", type=int, nargs="+", help="for layer 1 2, for world 1 2 4 8, unless given")
+    parser.add_argument("--ranks", type=int, nargs="+", help="if not given, 1 2 for layer and 1 2 4 8 for world")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile(layer)")
     parser.add_argument("--shapes", type=common.sizes, nargs="+", default=SHAPES, help="such as 32x64x32x32")
     parser.add_argument("--world-shape", type=common.sizes, default=WORLD_SHAPE)
     arguments = parser.parse_args(argv)
@@ -250,8 +248,9 @@ def main(argv: list[str] | None = None) -> None:
         found = common.on_ranks(1, for_each_case, time_ops, shapes, rounds)
         report_cases(f"ops, {versions}", found, "copy", arguments.csv.with_name("ops_cpu.csv"), 1)
     if "layer" in arguments.parts:
+        measure = partial(time_layers, with_compile=not arguments.no_compile)
         for ranks in arguments.ranks or [1, 2]:
-            cases[ranks] = common.on_ranks(ranks, for_each_case, time_layers, shapes, rounds)
+            cases[ranks] = common.on_ranks(ranks, for_each_case, measure, shapes, rounds)
             title = f"forward + backward, {ranks} rank(s), {versions}"
             report_cases(title, cases[ranks], f"{LOCAL} + ReLU", arguments.csv, ranks)
     if "world" in arguments.parts:

@@ -1,11 +1,15 @@
-"""How many bytes does each formulation of normalization + ReLU keep for backward?
+"""How many bytes does each formulation of normalization + ReLU save for backward?
 
     python scripts/bench_memory.py                # seconds; no timing, so the answer is the same on every machine
 
-Counted are the different storages that autograd saves, apart from parameters and buffers, in units of the layer's
-input: for the layer alone (its input included), between two convolutions, which keep their inputs anyway, and for a
-whole pre-activation ResNet-50 in float32. The normalization's parameters are float32 throughout. Between convolutions
-the residual is the input of the first. Rows are appended to benchmarks/memory.csv; tables in docs/performance.md.
+The count is the distinct storages that autograd saves, without parameters and buffers, in units of the layer's input:
+
+- for the layer alone, including its input;
+- between two convolutions, which save their inputs anyway; the residual is the input of the first;
+- for a whole pre-activation ResNet-50 in float32.
+
+The normalization's parameters are always float32. Rows are appended to benchmarks/memory.csv; tables in
+docs/performance.md.
 
 Last answer (CPU, torch 2.14.1, f434781): 2 tensors like the input as local BatchNorm2d + ReLU, 1 with a fused ReLU; no
 difference between convolutions. A mean of squares keeps one more in bfloat16.
@@ -29,7 +33,7 @@ FUSED = "syncbn, fused"
 
 
 class NormReLU(nn.Module):
-    """relu(norm(x) + residual), in one call where the norm can do that."""
+    """relu(norm(x) + residual), in one call if the norm fuses it."""
 
     def __init__(self, norm: nn.Module, *, fused: bool) -> None:
         super().__init__()
@@ -44,7 +48,7 @@ class NormReLU(nn.Module):
 
 
 class BetweenConvolutions(nn.Module):
-    """conv2(relu(norm(conv1(x)))), with x added in front of the ReLU on demand."""
+    """conv2(relu(norm(conv1(x)))), with `residual` conv2(relu(norm(conv1(x)) + x))."""
 
     def __init__(self, tail: NormReLU, num_channels: int, dtype: torch.dtype, *, residual: bool) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class BetweenConvolutions(nn.Module):
 
 
 def saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
-    """Return the size of all storages that a forward pass keeps for backward, parameters and buffers apart."""
+    """Return the size of all storages that a forward pass saves for backward, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -73,7 +77,7 @@ def saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
 
 
 def formulations() -> dict[str, Callable[[int], NormReLU]]:
-    """Return what is compared; each is called with the number of channels."""
+    """Return the compared formulations by name; call each with the number of channels."""
     separate: dict[str, Callable[[int], NormReLU]] = {
         name: lambda num_channels, norm=norm: NormReLU(norm(num_channels), fused=False)
         for name, norm in common.NORMS.items()
@@ -97,7 +101,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, dict[str, i
 
 
 def measure_networks(batch: int, image: int) -> dict[str, int]:
-    """Return the bytes that a pre-activation ResNet-50 keeps, by formulation."""
+    """Return the bytes that a pre-activation ResNet-50 saves for backward, by formulation."""
     images = torch.randn(batch, 3, image, image)
     return {name: saved_bytes(preact_resnet(50, norm, num_classes=10), images) for name, norm in common.NORMS.items()}
 
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "memory")
     parser.add_argument("--shape", type=common.sizes, default=(32, 64, 56, 56), help="of the layer's input, 2x3x4x4")
     parser.add_argument("--batch", type=int, default=8, help="of the network")
-    parser.add_argument("--image", type=int, default=64, help="pixels a side, of the network")
+    parser.add_argument("--image", type=int, default=64, help="pixels per side, of the network")
     arguments = parser.parse_args(argv)
     shape = "x".join(map(str, arguments.shape))
     found, units, rows = {}, {}, []

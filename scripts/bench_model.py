@@ -4,8 +4,8 @@
     python scripts/bench_model.py --device cuda --batch 32 --image 224 --rounds 20 --ranks 1 8
 
 A step of a pre-activation ResNet: forward, cross entropy, backward with DistributedDataParallel, SGD. The networks
-differ in their normalization alone. First each one's logits and input gradients are compared in float64 with those of
-plain BatchNorm on the batch of all ranks. Then all take turns, and medians are compared within the run. Rows are
+differ only in their normalization. First the logits and input gradients of each are compared in float64 with those of
+plain BatchNorm on the batch of all ranks. Then all alternate, and medians are compared within the run. Rows are
 appended to benchmarks/model_DEVICE.csv; tables in docs/performance.md.
 
 Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781 and five runs before it): 1.0 to 1.2 times local BatchNorm in
@@ -45,10 +45,10 @@ def gradient_and_logits(model: nn.Module, images: Tensor, cotangent: Tensor) -> 
 
 
 def check(name: str, norm: Callable[[int], nn.Module], depth: int, image: int, device: torch.device) -> None:
-    """Compare with plain BatchNorm on the batch of all ranks, in float64; local BatchNorm with itself on its own.
+    """Compare with plain BatchNorm in float64 on the batch of all ranks, or on this rank's batch for local BatchNorm.
 
     Raises:
-        AssertionError: the network computes something else.
+        AssertionError: the results differ.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +75,7 @@ def measure(depth: int, batch: int, image: int, rounds: int, device_name: str) -
             devices = [device] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices)
         steps[name] = _training_step(model, batch, image, device)
-        with Traffic() as traffic[name]:  # DistributedDataParallel does not call torch.distributed's functions
+        with Traffic() as traffic[name]:  # does not record DistributedDataParallel, which calls none of its functions
             steps[name]()
     times = common.in_turns(steps, rounds, device)
     return [
@@ -99,7 +99,7 @@ def _training_step(model: nn.Module, batch: int, image: int, device: torch.devic
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the time of a step in units of that with local normalization."""
+    """Draw the time of a step relative to local normalization."""
     cases = list(dict.fromkeys((row["depth"], row["ranks"]) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, nargs="+", default=[18, 50])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=8, help="images per rank")
-    parser.add_argument("--image", type=int, default=64, help="pixels a side")
+    parser.add_argument("--image", type=int, default=64, help="pixels per side")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args(argv)

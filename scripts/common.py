@@ -1,4 +1,4 @@
-"""What the benchmarks share: the formulations they compare, ranks, timing in turns, and where results go."""
+"""Shared by the benchmarks: the formulations they compare, ranks, interleaved timing, and output of results."""
 
 import argparse
 import csv
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import syncbn
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -35,12 +35,12 @@ TIMEOUT = timedelta(seconds=120)
 
 
 class MeanOfSquares(nn.BatchNorm2d):
-    """SyncBatchNorm as E[x^2] - E[x]^2 through autograd: the formulation that most Python implementations have."""
+    """SyncBatchNorm as E[x^2] - E[x]^2 through autograd: the formulation of most Python implementations."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input; one differentiable all-reduce of 2C numbers in the dtype of the parameters.
 
-        Every rank must hold equally many values per channel.
+        Every rank must have the same number of values per channel.
         """
         values = x.to(self.weight.dtype)
         moments = torch.cat([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
@@ -53,9 +53,9 @@ class MeanOfSquares(nn.BatchNorm2d):
 
 
 class AllGather(nn.BatchNorm2d):
-    """SyncBatchNorm in the order of events of `torch.nn.SyncBatchNorm`, whose kernels exist for CUDA alone.
+    """SyncBatchNorm with the operations of `torch.nn.SyncBatchNorm`, whose own kernels exist only for CUDA.
 
-    Mean, invstd and count of every rank are gathered in the dtype of the parameters; backward reduces two sums.
+    Forward gathers mean, invstd and count of every rank in the dtype of the parameters; backward reduces two sums.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,12 +120,12 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def norms(device: torch.device) -> dict[str, Callable[[int], nn.Module]]:
-    """Return the formulations that run on the device, by name; each is called with the number of channels."""
+    """Return the formulations that run on the device, by name; call each with the number of channels."""
     return NORMS | ({"torch SyncBN": nn.SyncBatchNorm} if device.type == "cuda" else {})
 
 
 def whole_batch(part: Tensor) -> Tensor:
-    """Return the equally large parts of all ranks, one after the other."""
+    """Return the concatenated parts of all ranks, which must be of equal size."""
     if _world_size() == 1:
         return part
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(_world_size())]
@@ -134,11 +134,12 @@ def whole_batch(part: Tensor) -> Tensor:
 
 
 class Traffic:
-    """While active: the collectives that this rank calls through `torch.distributed`.
+    """Records, while active, the collectives that this rank calls through `torch.distributed`.
 
     Attributes:
-        sizes: bytes that this rank hands to each call, in order.
-        seconds: until each call returned; waiting for slower ranks is part of it. On an accelerator only enqueued.
+        sizes: bytes that this rank passes to each call, in order.
+        seconds: time until each call returned, including the wait for slower ranks. On an accelerator, the time to
+            enqueue it.
     """
 
     NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single")
@@ -146,7 +147,7 @@ class Traffic:
     def __enter__(self) -> "Traffic":
         self.sizes: list[int] = []
         self.seconds: list[float] = []
-        self._is_inside = False  # of one of these functions, which may call another
+        self._is_inside = False  # whether a recorded function is running; it may call another
         self._originals = {name: getattr(dist, name) for name in self.NAMES if hasattr(dist, name)}
         for name, original in self._originals.items():
             setattr(dist, name, self._measured(name, original))
@@ -187,13 +188,13 @@ class _MeasuredWork:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of this rank; cuda has one for each."""
+    """Return the device of this rank; on cuda each rank has a different one."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.device("cuda", rank) if name == "cuda" else torch.device(name)
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Return the time of one call, started on all ranks together."""
+    """Return the time of one call, which starts after a barrier of all ranks."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     if _world_size() > 1:
@@ -210,7 +211,7 @@ def in_turns(
     rounds: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Return the median milliseconds of each step; all take turns, and a first round warms up."""
+    """Return the median milliseconds of each step; the steps alternate, and the first round is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
         for name, step in steps.items():
@@ -221,9 +222,9 @@ def in_turns(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc hand freed memory out again instead of back to the system, as a training run's steady state would.
+    """Make glibc reuse freed memory instead of returning it to the system, as in the steady state of a training run.
 
-    Otherwise which candidate pays for fresh pages, several times the cost of normalizing them, is a matter of luck.
+    Otherwise it is random which candidate pays for new pages, which cost several times as much as normalizing them.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -237,12 +238,12 @@ def on_ranks(ranks: int, fn: Callable, *args: Any, device: str = "cpu") -> Any:
     One rank runs in this process, without a process group.
 
     Args:
-        ranks: gloo on CPU, NCCL on cuda, where it needs a device for each.
+        ranks: number of ranks, with gloo on CPU, or NCCL on cuda, which needs a device for each.
         fn: a module-level function.
     """
     if device == "cuda" and torch.cuda.device_count() < ranks:
         found = torch.cuda.device_count()
-        raise SystemExit(f"expected a GPU for each of {ranks} ranks, got {found}: lower --ranks or take --device cpu")
+        raise SystemExit(f"expected a GPU for each of {ranks} ranks, got {found}: lower --ranks or use --device cpu")
     if ranks == 1:
         keep_freed_memory()
         threads = torch.get_num_threads()
@@ -274,12 +275,12 @@ def _run_rank(rank: int, ranks: int, folder: str, device: str, fn: Callable, arg
     result = fn(*args)
     if rank == 0:
         Path(folder, "result").write_bytes(pickle.dumps(result))
-    dist.barrier()  # no rank leaves while another still talks to it
+    dist.barrier()  # no rank exits while another still communicates with it
     dist.destroy_process_group()
 
 
 def parser(doc: str, name: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has; `name` is that of its CSV and its picture."""
+    """Return a parser with the options of every benchmark; `name` is the name of its CSV and its picture."""
     result = argparse.ArgumentParser(description=doc.split("\n")[0])
     result.add_argument("--csv", type=Path, default=BENCHMARKS / f"{name}.csv", help="rows are appended there")
     result.add_argument("--plot", type=Path, default=DOCS / f"{name}.png")
@@ -292,7 +293,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def head(device: str = "cpu") -> dict[str, Any]:
-    """Return what every row begins with: where its figures come from."""
+    """Return the first columns of every row: commit, device and torch version."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {os.cpu_count()} cores"
     return {"commit": _commit(), "device": name, "torch": torch.__version__}
 
@@ -301,7 +302,7 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a CSV, floats with five digits.
 
     Raises:
-        SystemExit: the file has other columns.
+        SystemExit: the file has different columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
@@ -319,7 +320,7 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table that is valid Markdown, too."""
+    """Print a table, which is also valid Markdown."""
     table = Table(box=MARKDOWN, title=title, title_justify="left", min_width=60)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -329,21 +330,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def tidy(axes: Any) -> None:
-    """Give a picture's axes the look of this repository."""
+    """Apply this repository's style to the axes of a picture."""
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a picture and say where."""
+    """Write a picture and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(path)
 
 
 def _commit() -> str:
-    """Return the commit; marked where code, not only results, differs from it."""
+    """Return the commit, marked "-dirty" if code, not only results, differs from it."""
     code = ["syncbn", "train", "scripts"]
     answers = []
     for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *code]):

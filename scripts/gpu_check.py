@@ -1,13 +1,13 @@
-"""Does it all hold on a real GPU? One command checks the Triton backend on a CUDA device, then runs its benchmark.
+"""Does everything work on a real GPU? One command checks the Triton backend on a CUDA device, then benchmarks it.
 
-    python scripts/gpu_check.py --output benchmarks/gpu                  # about 15 minutes, the benchmark half of them
+    python scripts/gpu_check.py --output benchmarks/gpu                  # about 15 minutes, half of it the benchmark
     python scripts/gpu_check.py --parts contract cuda_graph              # only these
-    TRITON_INTERPRET=1 python scripts/gpu_check.py --device cpu --output /tmp/dry       # what needs no GPU, tiny
+    TRITON_INTERPRET=1 python scripts/gpu_check.py --device cpu --output /tmp/dry       # dry run without a GPU, tiny
 
-Every part runs in a process of its own, so that one that breaks the device does not take the others along. The
-directory receives log.txt, summary.md, results.json and kernels_gpu.csv; parts of several calls add up there. The exit
-status is 0 if no part of this call has failed.
-Needs torch and Triton; neither Hydra nor pytest nor an installed package.
+On CUDA every part runs in a separate process, so that a part that breaks the device does not affect the others. The
+output directory receives log.txt, summary.md, results.json and kernels_gpu.csv, which accumulate over several calls.
+The exit status is 0 if no part of this call failed.
+It needs torch and Triton, but not Hydra, pytest or an installed syncbn.
 
 Last answer: not yet run on a GPU.
 """
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]  # a checkout that is not installed will do
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]  # also runs without installation
 
 import bench_kernels  # noqa: E402
 import contract  # noqa: E402
@@ -53,11 +53,11 @@ LARGE_BYTES = 60e9
 
 
 class Skipped(Exception):
-    """A part does not apply here; says why."""
+    """A part does not apply here; the message gives the reason."""
 
 
 def environment(device: str) -> str:
-    """Versions and the device."""
+    """Return the versions and the device."""
     if device == "cuda":
         smi = shutil.which("nvidia-smi")
         print(subprocess.run([smi], capture_output=True, text=True).stdout if smi else "nvidia-smi is not there")
@@ -109,7 +109,7 @@ def determinism(device: str) -> str:
 
 
 def layers(device: str) -> str:
-    """The layer without ranks, in float32 on Triton, equals itself in float64 in plain PyTorch."""
+    """The layer on one rank, in float32 on Triton, equals the layer in float64 in plain PyTorch."""
     with backend("triton"):
         assert backends.select(torch.empty(2, 3, device=device)) is triton_launch
         actual = contract.train_layers(0, (5,), torch.float32, device)
@@ -149,21 +149,21 @@ def cuda_graph(device: str) -> str:
 
 
 def gloo_ranks(device: str) -> str:
-    """Two gloo ranks that share the device compute what one process computes in float64."""
+    """Two gloo ranks that share the device give the same results as one process in float64."""
     for sizes in ((3, 2), (4, 0)):
         spawn(_gloo_layers, sizes, device)
     return "splits (3, 2) and (4, 0)"
 
 
 def gloo_against_torch(device: str) -> str:
-    """Two gloo ranks that share the device: as torch.nn.SyncBatchNorm."""
+    """Two gloo ranks that share the device give the same results as torch.nn.SyncBatchNorm."""
     only_on_cuda(device)
     spawn(_gloo_against_torch, (6, 3), device)
     return "outputs, gradients and running statistics in both layouts, uneven ranks"
 
 
 def nccl(device: str) -> str:
-    """NCCL with one rank: our collectives run, captured in a CUDA graph too, and change nothing."""
+    """Our collectives run on one NCCL rank, eager and captured in a CUDA graph, without changing the results."""
     only_on_cuda(device)
     if not dist.is_nccl_available():
         raise Skipped("this torch has no NCCL")
@@ -182,7 +182,7 @@ def nccl(device: str) -> str:
 
 
 def compiled(device: str) -> str:
-    """torch.compile takes the layer as one graph of plain operations, which equals Triton's results."""
+    """torch.compile compiles the layer to one graph of plain operations, whose results equal Triton's."""
     only_on_cuda(device)
     layer, twin = (syncbn.SyncBatchNorm(32, activation="silu", device=device) for _ in range(2))
     run = torch.compile(layer, fullgraph=True)
@@ -199,7 +199,7 @@ def compiled(device: str) -> str:
 
 
 def large(device: str) -> str:
-    """More than 2^31 values in one tensor."""
+    """Tensors of more than 2^31 values give correct results."""
     only_on_cuda(device)
     free, _ = torch.cuda.mem_get_info()
     if free < LARGE_BYTES:
@@ -214,7 +214,7 @@ def large(device: str) -> str:
 
 
 def sanitizer(device: str) -> str:
-    """compute-sanitizer's memcheck finds nothing in a part of the contract test."""
+    """compute-sanitizer's memcheck reports no error in a part of the contract test."""
     only_on_cuda(device)
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
@@ -233,14 +233,14 @@ def sanitizer(device: str) -> str:
 
 
 def few_cases(device: str) -> str:
-    """What runs under compute-sanitizer."""
+    """Run the cases that `sanitizer` checks."""
     for case in (contract.CASES[1], contract.CASES[3], contract.CASES[9], Case((5, 130, 33, 31))):
         contract.check_training_step(triton_launch, case, device)
     return "4 cases"
 
 
 def benchmark(device: str) -> str:
-    """scripts/bench_kernels.py."""
+    """Run scripts/bench_kernels.py."""
     arguments = ["--device", device, "--csv", str(OUTPUT / "kernels_gpu.csv")]
     if device == "cpu":
         arguments += ["--shapes", "3x4x5x5", "--dtypes", "float32", "--rounds", "1"]
@@ -258,14 +258,14 @@ OUTPUT = ROOT / "benchmarks" / "gpu"
 
 
 def only_on_cuda(device: str) -> None:
-    """Skip the part where there is no GPU."""
+    """Skip the part if there is no GPU."""
     if device != "cuda":
         raise Skipped("needs CUDA")
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Have every call take one backend."""
+    """Make every call use one backend."""
     before = os.environ.get(backends.ENVIRONMENT_VARIABLE)
     os.environ[backends.ENVIRONMENT_VARIABLE] = name
     try:
@@ -279,7 +279,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_reducing_alone() -> Iterator[None]:
-    """Have a group of one rank communicate as if it had two."""
+    """Make a group of one rank communicate as if it had two."""
     original = syncbn.collectives.group_size
     syncbn.collectives.group_size = lambda group: 2
     try:
@@ -306,7 +306,7 @@ def check_capture(make_layer: Callable[[], nn.Module], device: str) -> None:
             step(layer, x)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread that asks the device
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread of NCCL queries the device meanwhile
         captured = step(layer, x)
     layer.load_state_dict(state)
     for _ in range(3):
@@ -320,7 +320,7 @@ def check_capture(make_layer: Callable[[], nn.Module], device: str) -> None:
 
 
 def spawn(rank_main: Callable[..., None], sizes: tuple[int, ...], device: str) -> None:
-    """Run a function on as many gloo ranks as there are sizes."""
+    """Run a function on one gloo rank per entry of `sizes`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (rank_main, f"{folder}/store", sizes, device)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=len(sizes), join=True)
@@ -360,7 +360,7 @@ def _gloo_against_torch(rank: int, sizes: tuple[int, ...], device: str) -> None:
 
 
 def run_part(name: str, device: str) -> dict[str, Any]:
-    """Run one part here; return its status and what it has to say."""
+    """Run one part; return its status, duration and message."""
     started = time.monotonic()
     try:
         torch.manual_seed(0)
@@ -374,7 +374,7 @@ def run_part(name: str, device: str) -> dict[str, Any]:
 
 
 def run_apart(name: str, device: str) -> tuple[dict[str, Any], str]:
-    """Run one part in a process of its own; return its result and its output."""
+    """Run one part in a separate process; return its result and its output."""
     command = [sys.executable, "-u", __file__, "--part", name, "--device", device, "--output", str(OUTPUT)]
     started = time.monotonic()
     try:
@@ -407,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # set for the process of one part
     options = parser.parse_args(arguments)
     OUTPUT = options.output
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,7 @@ def read_column(run: Path, name: str) -> list[tuple[int, float]]:
     """Return (epoch, value) from the metrics of a run, epochs counted from 1.
 
     Raises:
-        SystemExit: the run has no metrics, or none of that name.
+        SystemExit: the run has no metrics file, or no values in that column.
     """
     path = run / "csv" / "metrics.csv"
     if not path.exists():
@@ -41,7 +41,7 @@ def read_column(run: Path, name: str) -> list[tuple[int, float]]:
 
 
 def draw(runs: dict[str, Path], title: str, output: Path) -> None:
-    """Draw one line for each run."""
+    """Draw one line per run."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for (label, run), colour in zip(runs.items(), COLOURS * len(runs), strict=False):

@@ -1,27 +1,32 @@
-"""Which share of a ResNet-50 step would the collectives of SyncBN take on 8 to 4,096 GPUs? A model, not a measurement.
+"""What share of a ResNet-50 step would the collectives of SyncBN take on 8 to 4,096 GPUs? A model, not a measurement.
 
     python scripts/scaling_model.py                               # the model, and its check against gloo: a minute
     python scripts/scaling_model.py --ranks                       # the model alone
     python scripts/scaling_model.py --batch 8 --inter-us 10       # another batch per GPU, a slower network
 
-A collective takes `base + sum of latencies along its critical path + bytes / bandwidth` (Hockney 1994). Critical paths
-of ring and tree, and their latencies, are those by which NCCL itself chooses an algorithm, for its protocol LL, made
-for small messages (NVIDIA/nccl, src/graph/tuning.cc at b6475625: all figures below but those named here). The tree and
-ring take the sum of all ranks in 2 log2(nodes) and 2 (ranks - 1) steps; `one-shot` sends every vector to every rank at
-once and adds there. The layers are the 53 of torchvision's ResNet-50; ours sends 2C + 1 float64 forward and 2C
-backward, torch's gathers 2C + 1 float32 of every rank and reduces 2C float32. The rest of a step is taken from 2470
-images a second of one A100 80GB in mixed precision (NVIDIA/DeepLearningExamples, ResNet50 v1.5 for PyTorch, README).
+A collective takes `base + sum of latencies along its critical path + bytes / bandwidth` (Hockney 1994). The critical
+paths of ring and tree, and their latencies, are those with which NCCL chooses an algorithm, for LL, its protocol for
+small messages (NVIDIA/nccl, src/graph/tuning.cc at b6475625: all constants below except those named here). Tree and
+ring compute the sum over all ranks in 2 log2(nodes) and 2 (ranks - 1) steps; in `one-shot` every rank sends its vector
+to every other rank at once, and adds the vectors it receives. The layers are the 53 of torchvision's ResNet-50. Ours
+all-reduces 2C + 1 float64 in forward and in backward; torch's gathers 2C + 1 float32 from every rank and all-reduces
+2C float32. The rest of a step is derived from 2470 images per second on one A100 80GB in mixed precision
+(NVIDIA/DeepLearningExamples, ResNet50 v1.5 for PyTorch, README).
 
-Assumed: nothing overlaps (a layer waits for its statistics), ranks arrive together (no stragglers), the network is
-uncongested, one-shot costs the ring's base. The kernels of the layer are not in it, nor torch's waits of the host.
+Assumptions:
 
-Checked: the same ring formula, which is what gloo runs, with latency and bandwidth fitted on 2 ranks alone, predicts
-the all-reduces measured in our layers on more ranks. There the ranks share the cores, which multiplies both. Rows are
+- no overlap: a layer waits for its statistics;
+- all ranks arrive at the same time, and the network is not congested;
+- one-shot has the base cost of the ring;
+- the kernels of the layer and the host-device synchronizations of torch's layer cost nothing.
+
+Check: the ring formula describes gloo's algorithm too. With latency and bandwidth fitted on 2 ranks, it predicts the
+all-reduces measured in our layers on more ranks. These ranks share the cores, which multiplies both costs. Rows are
 appended to benchmarks/scaling.csv and scaling_gloo.csv; tables in docs/performance.md.
 
-Last answer (predicted): 11 % of a step in a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % of 64, 38 %
-of 512, 46 % of 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, f434781): on 3
-to 8 gloo ranks, measured all-reduces take 0.76 to 1.62 of the predicted times, 0.42 to 1.82 in runs before.
+Last answer (predicted): 11 % of a step within a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % on 64,
+38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, f434781): on
+3 to 8 gloo ranks, measured all-reduces take 0.76 to 1.62 times as long as predicted, 0.42 to 1.82 in earlier runs.
 """
 
 import math
@@ -44,22 +49,22 @@ from torchvision.models import resnet50
 import syncbn
 
 GPUS = [2**power for power in range(3, 13)]
-CHANNELS = [64, 512, 2048, 65536]  # no layer has 65536: that is for the bandwidth
+CHANNELS = [64, 512, 2048, 65536]  # no layer has 65536 channels: they are for fitting the bandwidth
 
 
 class Link(NamedTuple):
-    """The price of one message between neighbours."""
+    """The cost of one message between neighbours."""
 
     latency_us: float
     gb_per_s: float
 
     def transfer_us(self, size: float) -> float:
-        """Return what `size` bytes add to the latency."""
+        """Return the time that `size` bytes add to the latency."""
         return size / (self.gb_per_s * 1e3)
 
 
 class Fabric(NamedTuple):
-    """What a collective costs once, and each of its steps within a node and between nodes."""
+    """The base cost of a collective, and the cost of each step within a node and between nodes."""
 
     base_us: float
     intra: Link
@@ -87,7 +92,7 @@ def tree_us(fabric: Fabric, group: Group, size: int) -> float:
 
 
 def one_shot_us(fabric: Fabric, group: Group, size: int) -> float:
-    """Return the time in which every rank sends its vector to every other, one after the other through its link."""
+    """Return the time in which every rank sends its vector to every other rank, in sequence through its link."""
     near = group.ranks // group.nodes - 1
     far = group.ranks - 1 - near
     times = [fabric.intra.latency_us + fabric.intra.transfer_us(near * size)] if near else []
@@ -111,7 +116,7 @@ def _slowest(fabric: Fabric, group: Group) -> Link:
 
 
 class Machine(NamedTuple):
-    """The fabric as ring and tree see it."""
+    """The costs of the fabric for ring and tree."""
 
     ring: Fabric
     tree: Fabric
@@ -122,11 +127,11 @@ class Machine(NamedTuple):
 
 
 def nccl(arguments: Any) -> Callable[[Group], Machine]:
-    """Return NCCL's figures for its protocol LL on A100s, overridden by the command line where given."""
+    """Return NCCL's constants for protocol LL on A100s, overridden by options of the command line."""
     intra_us, inter_us = arguments.intra_us, arguments.inter_us
 
     def machine(group: Group) -> Machine:
-        # Between nodes every step of a ring waits for the network proxy, 1 us, those inside a node too.
+        # With several nodes, every step of a ring waits 1 us for the network proxy, also within a node.
         ring_intra = Link(intra_us or (0.6 if group.nodes == 1 else 1.0), arguments.intra_gb_s)
         tree_intra = Link(intra_us or 0.6, arguments.intra_gb_s)
         ring = Fabric(6.6, ring_intra, Link(inter_us or 2.7, arguments.inter_gb_s))
@@ -137,18 +142,18 @@ def nccl(arguments: Any) -> Callable[[Group], Machine]:
 
 @cache
 def resnet50_channels() -> tuple[int, ...]:
-    """Return the channels of each normalization of a ResNet-50."""
+    """Return the number of channels of each normalization layer of a ResNet-50."""
     with torch.device("meta"):
         return tuple(module.num_features for module in resnet50().modules() if isinstance(module, nn.BatchNorm2d))
 
 
 def our_sizes(num_channels: int) -> tuple[int, int]:
-    """Return the bytes that one layer hands to its all-reduces, forward and backward."""
-    return 8 * (2 * num_channels + 1), 8 * 2 * num_channels
+    """Return the bytes that one layer all-reduces in forward and in backward."""
+    return 8 * (2 * num_channels + 1), 8 * (2 * num_channels + 1)
 
 
 def predict(gpus: int, per_node: int, machine: Callable[[Group], Machine]) -> dict[str, float]:
-    """Return the milliseconds that the collectives of one step take, by what is synchronized and how."""
+    """Return the milliseconds of the collectives of one step, by group and algorithm."""
 
     def total_ms(group: Group, one_us: Callable[[Machine, int], float]) -> float:
         fabric = machine(group)
@@ -178,7 +183,7 @@ def predict(gpus: int, per_node: int, machine: Callable[[Group], Machine]) -> di
 
 
 def measure_all_reduces(channels: list[int], rounds: int) -> list[tuple[int, float]]:
-    """Return the channels of each layer and the median microseconds of an all-reduce in it."""
+    """Return the number of channels of each layer and the median microseconds of one of its all-reduces."""
     found = []
     for num_channels in channels:
         layer = syncbn.SyncBatchNorm(num_channels)
@@ -195,13 +200,13 @@ def measure_all_reduces(channels: list[int], rounds: int) -> list[tuple[int, flo
 
 
 def fit_link(found: list[tuple[int, float]]) -> Link:
-    """Return latency and bandwidth of the ring of 2 ranks that fit best, in relative terms.
+    """Return the latency and bandwidth of a ring of 2 ranks that minimize the relative error.
 
     Args:
         found: channels, and microseconds of an all-reduce of 2C + 1 float64.
     """
-    sizes, times = (np.array(values, float) for values in zip(*found, strict=True))
-    sizes = our_sizes(1)[1] * sizes
+    times = np.array([microseconds for _, microseconds in found], float)
+    sizes = np.array([our_sizes(num_channels)[0] for num_channels, _ in found], float)
     steps = 2 * (2 - 1)
     system = np.stack([steps / times, steps * sizes / 2 / times], 1)
     latency, per_byte = np.linalg.lstsq(system, np.ones(len(times)), rcond=None)[0]
@@ -264,11 +269,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, "scaling")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU")
     parser.add_argument("--images-per-second", type=float, default=2470, help="of one GPU, without synchronization")
-    parser.add_argument("--intra-us", type=float, help="latency of a step inside a node, instead of NCCL's")
-    parser.add_argument("--inter-us", type=float, help="latency of a step between nodes, instead of NCCL's")
+    parser.add_argument("--intra-us", type=float, help="latency of a step inside a node, default: NCCL's")
+    parser.add_argument("--inter-us", type=float, help="latency of a step between nodes, default: NCCL's")
     parser.add_argument("--intra-gb-s", type=float, default=87.7, help="bandwidth of LL inside a node")
     parser.add_argument("--inter-gb-s", type=float, default=19.0, help="bandwidth of LL between 4 nodes and more")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4, 6, 8], help="of the check, the first being 2")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4, 6, 8], help="of the check; must begin with 2")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args(argv)

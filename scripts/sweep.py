@@ -2,10 +2,10 @@
 
     python scripts/sweep.py --nproc 4 norm=sync,local,group data.batch_size_per_rank=2,8 trainer.max_epochs=8
 
-A comma separates the values to try. Each job is a torchrun on a free port (or `python -m train` with --nproc 1); one
-that fails is noted and the next one starts. Started again, the sweep leaves out what is done and resumes what was cut
-off; other settings need another --output. At the end there are sweep.csv, a table and sweep.png in the output
-directory, and the exit code is 1 if a job has failed.
+Commas separate the values to try. Each job is a torchrun on a free port (or `python -m train` with --nproc 1). If a job
+fails, the sweep records it and starts the next one. When started again, the sweep skips finished jobs and resumes
+interrupted ones; other settings need another --output. At the end it writes sweep.csv and sweep.png to the output
+directory and prints a table; the exit code is 1 if a job failed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ FIGURES = ("test_accuracy", "correct", "total", "train_loss", "images_per_second
 
 
 def values_of(override: str) -> list[str]:
-    """Return `key=a` and `key=b` for `key=a,b`; commas within brackets separate nothing."""
+    """Return `key=a` and `key=b` for `key=a,b`; commas within brackets do not separate values."""
     key, separator, values = override.partition("=")
     if not key or not separator or not values:
         raise SystemExit(f"error: expected key=value or key=value,value, got {override}")
@@ -41,10 +41,10 @@ def name_of(job: tuple[str, ...]) -> str:
 
 
 def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int) -> str:
-    """Train unless it is done; return "done" or "failed".
+    """Train unless the job is done; return "done" or "failed".
 
     Raises:
-        SystemExit: the directory has the job of another sweep.
+        SystemExit: the directory has a job with other settings.
     """
     settings = "\n".join([f"--nproc {nproc}", *sorted(fixed), *job]) + "\n"
     record = directory / "settings.txt"
@@ -66,7 +66,7 @@ def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int)
     ):
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # the job has it too, and saves
+        except KeyboardInterrupt:  # the job receives the signal too, and saves
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_SAVE)
             process.kill()
@@ -75,13 +75,13 @@ def run_job(job: tuple[str, ...], fixed: list[str], directory: Path, nproc: int)
 
 
 def error_of(directory: Path) -> str:
-    """Return the last error that a job has printed."""
+    """Return the last error message in the output of a job."""
     lines = (directory / "output.log").read_text(errors="replace").splitlines()
     return next((line for line in reversed(lines) if "rror" in line), "no error message")
 
 
 def write(rows: list[dict[str, str]], output: Path) -> None:
-    """Write sweep.csv and sweep.png, and show the table."""
+    """Write sweep.csv and sweep.png, and print the table."""
     with (output / "sweep.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -90,7 +90,7 @@ def write(rows: list[dict[str, str]], output: Path) -> None:
     for row in rows:
         table.add_row(*row.values())
     console = Console()
-    console.width = max(console.width, 160)  # a file has no width of its own
+    console.width = max(console.width, 160)  # output to a file has no terminal width
     console.print(table)
     done = [row for row in rows if row["state"] == "done"]
     figure = Figure(figsize=(8, 1.2 + 0.4 * max(1, len(done))), layout="constrained")
@@ -109,7 +109,7 @@ def write(rows: list[dict[str, str]], output: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line and run the jobs one after the other."""
+    """Read the command line and run the jobs in sequence."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value[,value]")
     parser.add_argument("--nproc", type=int, default=1, help="ranks of each job")
@@ -126,7 +126,7 @@ def main() -> None:
         try:
             state = run_job(job, fixed, directory, arguments.nproc)
         except KeyboardInterrupt:
-            sys.exit("stopped: the same command goes on with this job")
+            sys.exit("stopped: run the same command again to resume this job")
         print(f"{state}: {name_of(job)} ({directory}/output.log)", flush=True)
         if state == "failed":
             print(f"    {error_of(directory)}", flush=True)

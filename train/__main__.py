@@ -14,12 +14,12 @@ from train import distenv
 
 @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
 def task(config: DictConfig) -> float:
-    """Train once; the test accuracy is what a Hydra sweep optimizes."""
+    """Train once and return the test accuracy, the objective of a Hydra sweep."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     from train import run
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        config.run_dir = HydraConfig.get().runtime.output_dir  # each job of a sweep has its own
+        config.run_dir = HydraConfig.get().runtime.output_dir  # one directory per job of the sweep
     try:
         metrics = run.fit(config)
     except Exception as error:
@@ -31,7 +31,7 @@ def task(config: DictConfig) -> float:
 
 
 def main() -> None:
-    """Let rank 0 own Hydra's directory, its log and its messages about a configuration that cannot be composed."""
+    """Run the task on every rank; only rank 0 writes Hydra's directory and log, and it reports Hydra's errors first."""
     distenv.register_resolvers()
     distenv.refuse_multirun(sys.argv[1:])
     distenv.refuse_slurm_tasks()

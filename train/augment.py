@@ -1,4 +1,4 @@
-"""Augmentation of a batch on its device, the same for every number of ranks: what `data.batch_transforms` holds."""
+"""Batch augmentation on the device for `data.batch_transforms`; it does not depend on the number of ranks."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ BatchTransform = Callable[..., Tensor]  # (images, seed=, global_batch_size=) ->
 
 
 class CropAndFlip:
-    """Shift every image by up to `padding` pixels, and mirror every other one.
+    """Shift every image by up to `padding` pixels, and mirror it with probability 1/2.
 
-    As `RandomCrop(size, padding)` and `RandomHorizontalFlip` do, in one gather on the device for the whole batch. What
-    moves in is the batch's own edge value (reflected), as normalized images have no zero of their own.
+    Like `RandomCrop(size, padding)` and `RandomHorizontalFlip`, but in one gather on the device for the whole batch.
+    The padding reflects the image instead of filling with 0, because 0 is not black in a normalized image.
 
     Args:
-        padding: pixels a side.
-        flip: mirror half of the images, or none.
+        padding: pixels on each side.
+        flip: whether to mirror images.
     """
 
     def __init__(self, padding: int, flip: bool = True) -> None:
@@ -33,7 +33,7 @@ class CropAndFlip:
         generator = torch.Generator().manual_seed(seed)
         shifts = torch.randint(2 * self.padding + 1, (global_batch_size, 2), generator=generator)
         mirrored = torch.randint(2, (global_batch_size, 1), generator=generator) * int(self.flip)
-        # the images of this rank in the global batch, as `GlobalBatchSampler` deals them out
+        # this rank's images of the global batch, as `GlobalBatchSampler` assigns them
         drawn = torch.cat([shifts, mirrored], dim=1)[distenv.rank() :: distenv.world_size()][: len(images)]
         drawn = drawn.to(images.device, non_blocking=True)
         height, width = images.shape[2:]
@@ -42,5 +42,5 @@ class CropAndFlip:
         columns = torch.arange(width, device=images.device) + drawn[:, 1:2]  # (N, W)
         columns = torch.where(drawn[:, 2:] > 0, columns.flip(1), columns)
         batch = torch.arange(len(images), device=images.device)[:, None, None]
-        # advanced indices around a slice put the channels last
+        # advanced indices around a slice move the channels to the last dimension
         return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What watches a run: images per second, progress, and the history."""
+"""Callbacks that report on a run: throughput, progress, and the history of its epochs."""
 
 import logging
 import sys
@@ -19,19 +19,19 @@ log = logging.getLogger(__name__)
 
 
 class Throughput(Callback):
-    """Logs `images_per_second` of all ranks together since the epoch began, waiting for the device only to report.
+    """Logs `images_per_second` over all ranks since the start of the epoch; it waits for the device only to report.
 
     `data_wait` is the share of this time in which rank 0 waited for its next batch. Validation is not counted.
 
     Args:
-        warmup_steps: left out at the start of the process: allocation, kernel choice, first collectives.
-        every_n_steps: between two figures; the end of an epoch makes one too.
+        warmup_steps: steps to exclude at the start of the process: allocation, kernel selection, first collectives.
+        every_n_steps: steps between two reports; the last step of an epoch also reports.
     """
 
     def __init__(self, warmup_steps: int = 5, every_n_steps: int = 20) -> None:
         self.warmup_steps = warmup_steps
         self.every_n_steps = every_n_steps
-        self._steps = 0  # of this process
+        self._steps = 0  # in this process
         self._images = 0
         self._start = self._batch_end = 0.0
         self._waited = 0.0
@@ -42,31 +42,31 @@ class Throughput(Callback):
 
     @property
     def images_per_second(self) -> float:
-        """Images of all ranks per second over all epochs so far; NaN before the first has ended."""
+        """Images per second of all ranks, over all epochs so far; NaN before the first epoch ends."""
         return self._past_images / self._past_seconds if self._past_seconds else float("nan")
 
     @property
     def data_wait(self) -> float:
-        """Share of the time spent waiting for data over all epochs so far; NaN before the first has ended."""
+        """Share of the time spent waiting for data, over all epochs so far; NaN before the first epoch ends."""
         return self._past_waited / self._past_seconds if self._past_seconds else float("nan")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock: a resumed run has no epoch start."""
+        """Start the clock: a run resumed within an epoch skips `on_train_epoch_start`."""
         self._steps = 0
         self._restart(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock again."""
+        """Restart the clock."""
         self._restart(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note how long the batch took to come."""
+        """Add the time since the previous batch ended to the data wait."""
         self._waited += time.perf_counter() - self._batch_end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the global batch, on the host alone."""
+        """Count the images of the global batch, and report if due."""
         self._steps += 1
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if self._steps <= self.warmup_steps or any(getattr(callback, "is_profiling", False) for callback in callbacks):
@@ -92,28 +92,28 @@ class Throughput(Callback):
 
 
 class EpochLines(ProgressBar):
-    """One line for each epoch, for a log file or a pipe, where a moving bar would be noise."""
+    """Prints one line per epoch, for log files and pipes, where a progress bar is unreadable."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
 
     def disable(self) -> None:
-        """Stay quiet; Lightning calls it on every rank but 0."""
+        """Stop printing; Lightning calls this on every rank except 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Print again."""
+        """Resume printing."""
         self._enabled = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the figures of the epoch."""
+        """Print the metrics of the epoch."""
         if self._enabled:
             print(_epoch_line(trainer), flush=True)
 
 
 class EpochBars(RichProgressBar):
-    """A rich bar for each epoch, whose figures change twice a second: reading one waits for its step."""
+    """A Rich progress bar per epoch; its metrics refresh twice a second, because reading one waits for its step."""
 
     names: ClassVar = {
         "train_loss_step": "loss",
@@ -134,7 +134,7 @@ class EpochBars(RichProgressBar):
         return columns
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:  # type: ignore[override]
-        """Return the figures to show."""
+        """Return the metrics to display."""
         if trainer.is_last_batch or time.monotonic() > self._read_at + SECONDS_BETWEEN_FIGURES:
             known = trainer.progress_bar_metrics
             self._figures = {short: f"{known[name]:.4g}" for name, short in self.names.items() if name in known}
@@ -143,15 +143,15 @@ class EpochBars(RichProgressBar):
 
 
 def progress() -> ProgressBar:
-    """Return rich progress bars on a terminal, otherwise a line for each epoch."""
+    """Return Rich progress bars on a terminal, otherwise one line per epoch."""
     return EpochBars() if sys.stdout.isatty() else EpochLines()
 
 
 class History(Callback):
-    """Keeps the figures of every epoch, through a resume too: in the log and, drawn at the end, in `curves.png`.
+    """Keeps the metrics of every epoch across resumes, logs them, and draws `curves.png` at the end.
 
     Args:
-        directory: of the run.
+        directory: the run directory.
     """
 
     def __init__(self, directory: str) -> None:
@@ -160,28 +160,28 @@ class History(Callback):
         self.rates: list[tuple[float, float]] = []  # (epochs done, learning rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the history for a checkpoint."""
         return {"epochs": self.epochs, "rates": self.rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint."""
+        """Restore the history from a checkpoint."""
         self.epochs, self.rates = state_dict["epochs"], state_dict["rates"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the learning rate about ten times an epoch."""
+        """Record the learning rate about ten times per epoch."""
         steps = max(1, int(trainer.num_training_batches))
         if batch_idx % max(1, steps // 10) == 0:
             done = trainer.current_epoch + batch_idx / steps
             self.rates.append((done, trainer.optimizers[0].param_groups[0]["lr"]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the figures of the epoch."""
+        """Record and log the metrics of the epoch."""
         self.epochs.append({"epoch": trainer.current_epoch + 1, **_epoch_figures(trainer)})
         if trainer.is_global_zero:
             log.info(_epoch_line(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, on rank 0."""
+        """Draw the curves, on rank 0."""
         if trainer.is_global_zero and self.epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             draw_curves(self.epochs, self.rates, self.directory / "curves.png")
 
@@ -197,6 +197,6 @@ def _epoch_line(trainer: Trainer) -> str:
 
 
 def _finish(trainer: Trainer) -> None:
-    """Wait for the device to have done what the host has asked for."""
+    """Wait until the device has finished all queued work."""
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize(trainer.strategy.root_device)

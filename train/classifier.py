@@ -1,4 +1,4 @@
-"""The Lightning module: cross-entropy whose gradient and figures are those of the global batch, however it is split."""
+"""The LightningModule: gradients and metrics are those of the global batch, however it is split over ranks."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Tally(Metric):
-    """Sum of losses, correct and total counts: exact sums, so any split over ranks and batches gives the same.
+    """Exact sums of losses, correct and total counts; they do not depend on the split over ranks and batches.
 
     Args:
-        over_ranks: add the ranks' sums up in `compute`; without, every rank has been given the global sums.
+        over_ranks: whether `compute` sums over ranks; False if `update` receives global sums on every rank.
     """
 
     full_state_update = False
@@ -61,23 +61,23 @@ class Tally(Metric):
 class ImageClassifier(LightningModule):
     """Trains a network on (images, labels).
 
-    A rank may have fewer images than the others, or none: the gradient is that of the mean loss over the global batch.
-    Validation and test run in float32 whatever the precision of training, so that their counts do not depend on how
-    the images are cut into batches.
+    The gradient is that of the mean loss over the global batch, even if a rank has fewer images than others, or none.
+    Validation and test run in float32 regardless of the training precision, so that their counts do not depend on the
+    batch size.
 
     Args:
-        network: images (N, C, H, W) to logits (N, num_classes).
+        network: maps images (N, C, H, W) to logits (N, num_classes).
         optimizer: `optimizer(network)` returns the optimizer.
-        scheduler: `scheduler(optimizer, total_steps=, steps_per_epoch=)` returns a schedule that is stepped after every
-            optimizer step.
-        label_smoothing: probability that a training target gives to all classes alike.
+        scheduler: `scheduler(optimizer, total_steps=, steps_per_epoch=)` returns an LR scheduler that is stepped after
+            every optimizer step.
+        label_smoothing: share of a training target that is spread evenly over all classes.
         mixing: blends pairs of training images and their labels.
         channels_last: keep images and kernels in NHWC order.
-        config: of the run; every checkpoint keeps it, so that it can be rebuilt from the file alone.
+        config: configuration of the run; every checkpoint stores it, so that the run can be rebuilt from the file.
 
     Attributes:
-        step_sums: of the last training step over all ranks (5,): the sums of `Tally.names`, and how many ranks were
-            asked to stop.
+        step_sums: (5,) sums over all ranks in the last training step: those of `Tally.names`, and the number of ranks
+            that were asked to stop.
         stop_requested: whether this rank has been asked to stop.
     """
 
@@ -109,12 +109,12 @@ class ImageClassifier(LightningModule):
         return self.network(images.to(memory_format=self.memory_format))
 
     def on_train_start(self) -> None:
-        """Give each rank random numbers of its own, for dropout; the first weights were drawn alike on all."""
+        """Seed every rank differently, for dropout; the initial weights were drawn with the same seed on all ranks."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rng.seed_all(rng.mix(data.seed, distenv.rank()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return this rank's share of the loss, so scaled that a step has the gradient of the mean over its images."""
+        """Return this rank's share of the loss, scaled to give the gradient of the mean over all images of the step."""
         images, labels = batch
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         images = data.transform_batch(images, self.current_epoch, batch_idx)
@@ -122,7 +122,7 @@ class ImageClassifier(LightningModule):
         if self.mixing is not None:
             images, targets = self.mixing(images, labels, data.seed, self.current_epoch, batch_idx, distenv.rank())
         logits = self(images)
-        # the sum of soft targets' losses, unlike their mean, needs no number of images
+        # unlike a mean, the sum does not divide by the number of images of this rank, which may be 0
         loss_sum = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
         stop = labels.new_full((), self.stop_requested, dtype=torch.float64)
         world = torch.stack([loss_sum.detach().double(), *_counts(logits, labels), stop])
@@ -133,11 +133,12 @@ class ImageClassifier(LightningModule):
         for name, figure in (("loss", world[0]), ("accuracy", world[1])):
             self.log(f"train_{name}_step", figure / world[3], on_step=True, prog_bar=True, batch_size=1)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("lr", torch.full((), rate, device=self.device), on_step=True, batch_size=1)  # a number is waited for
+        # Lightning would copy a Python number to the device, and wait for the copy
+        self.log("lr", torch.full((), rate, device=self.device), on_step=True, batch_size=1)
         return loss_sum * (self.trainer.world_size / self._images_of_share(batch_idx))
 
     def _images_of_share(self, batch_idx: int) -> float:
-        """Return the images of all batches whose gradients one step adds up, by the number Lightning divides by."""
+        """Return the number of images in one step, divided by `accumulate_grad_batches` as Lightning does."""
         every = self.trainer.accumulate_grad_batches
         first = batch_idx - batch_idx % every
         sampler: Any = self.trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
@@ -145,12 +146,12 @@ class ImageClassifier(LightningModule):
         return sum(map(sampler.global_size, batches)) / every
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the exact means over the epoch after its last batch, in time for the callbacks at the epoch's end."""
+        """Log the exact means over the epoch after its last batch, before the callbacks' `on_train_epoch_end`."""
         if self.trainer.is_last_batch:
             self._log_epoch("train", self.train_tally)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count this rank's images."""
+        """Add this rank's images to the tally."""
         self.val_tally.update(*self._evaluated(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -158,7 +159,7 @@ class ImageClassifier(LightningModule):
         self._log_epoch("val", self.val_tally)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Count this rank's images and return their logits."""
+        """Add this rank's images to the tally and return their logits."""
         with exact_float32(batch[0].device):
             logits = self(batch[0])
         self.test_tally.update(*_sums(logits, batch[1]))
@@ -169,25 +170,25 @@ class ImageClassifier(LightningModule):
         self._log_epoch("test", self.test_tally, ("top5_accuracy", "correct", "total"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer and its schedule, stepped after every optimizer step."""
+        """Return the optimizer and its LR scheduler, stepped after every optimizer step."""
         assert self.make_optimizer is not None, "training needs an optimizer"
         optimizer = self.make_optimizer(self.network)
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
-        self.trainer.fit_loop.setup_data()  # which Lightning leaves to later where max_steps limits the run
+        self.trainer.fit_loop.setup_data()  # Lightning does this later if max_steps limits the run
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         scheduler = self.make_scheduler(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the configuration, the names of the classes, and the sums of an epoch that is not over."""
+        """Save the configuration, the class names, and the sums of the epoch so far."""
         checkpoint["config"] = self.config
         checkpoint["classes"] = self.trainer.datamodule.class_names()  # type: ignore[attr-defined]
         checkpoint["train_tally"] = [getattr(self.train_tally, name).cpu() for name in Tally.names]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with those sums."""
+        """Restore the sums of the epoch so far."""
         self.train_tally.reset()
         self.train_tally.update(*checkpoint["train_tally"])
 
@@ -207,7 +208,7 @@ class ImageClassifier(LightningModule):
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Compute in float32 without TF32 or autocast, in which counts would depend on the batch size."""
+    """Compute in float32 without TF32 or autocast, under which counts would depend on the batch size."""
     cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -218,12 +219,12 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 def _sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """Return the sum of losses and the counts of one rank's images; there may be none."""
+    """Return the sum of losses and the counts over this rank's images, of which there may be none."""
     return [F.cross_entropy(logits, labels, reduction="sum"), *_counts(logits, labels)]
 
 
 def _counts(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """Return how many are right, how many have the right class among five, and how many there are, as float64."""
+    """Return the number of correct, top-5 correct and all images, each () float64."""
     best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     right, right_top5 = best[:, 0].sum().double(), best.sum().double()
     return [right, right_top5, torch.full_like(right, len(labels))]

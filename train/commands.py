@@ -1,4 +1,4 @@
-"""What `train.evaluate`, `train.export` and `train.predict` share: a command line, and a run from its checkpoint."""
+"""Shared by `train.evaluate`, `train.export` and `train.predict`: command line, and loading a run from a checkpoint."""
 
 import sys
 import traceback
@@ -18,7 +18,7 @@ from train.distenv import Refusal
 
 
 class Run(NamedTuple):
-    """A trained model with the data that belongs to it."""
+    """A trained model with its configuration and data."""
 
     config: DictConfig
     model: ImageClassifier
@@ -27,13 +27,13 @@ class Run(NamedTuple):
 
 
 def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Return the model in a checkpoint with plain BatchNorm, and its data, from the file alone.
+    """Rebuild the model, with plain BatchNorm, and its data from a checkpoint file alone.
 
     Args:
-        overrides: `key=value` of the configuration that the run had.
+        overrides: `key=value` overrides of the configuration in the checkpoint.
 
     Raises:
-        Refusal: the file is not a sound checkpoint, or a key is not in its configuration.
+        Refusal: the file is not a valid checkpoint, or a key is not in its configuration.
     """
     distenv.register_resolvers()
     checkpoint = resume.load(path)
@@ -41,7 +41,7 @@ def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
     for override in overrides:
         key, _, _ = override.partition("=")
         if key not in resume.flat(checkpoint["config"]):
-            raise Refusal(f"the configuration in {path} has no value {key}: names are those of its config.yaml")
+            raise Refusal(f"the configuration in {path} has no value {key}: use a name from the run's config.yaml")
         config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
     config.compile = False
     settings.check(config)
@@ -54,7 +54,7 @@ def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def trainer_for(config: DictConfig, callbacks: list[Callback]) -> Trainer:
-    """Return a trainer with the configuration's devices and limits that keeps nothing."""
+    """Return a Trainer with the configured devices and limits, without loggers and checkpoints."""
     return instantiate(
         config.trainer,
         callbacks=callbacks,
@@ -76,12 +76,12 @@ def options(arguments: Sequence[str], defaults: dict[str, str | None]) -> tuple[
     rest = ["".join(pair) for pair in pairs if pair[0] not in defaults or not pair[1]]
     for name, default in defaults.items():
         if default is None and name not in given:
-            raise Refusal(f"{name}=... is needed: name it, as in {name}=outputs/RUN/checkpoints/last.ckpt")
+            raise Refusal(f"{name}=... is needed: add it, as in {name}=outputs/RUN/checkpoints/last.ckpt")
     return {**defaults, **given}, rest
 
 
 def main(command: Callable[[list[str]], None], help: str | None) -> None:
-    """Run a command with this process's arguments; what the user got wrong is one sentence and exit code 1."""
+    """Run a command with this process's arguments; a user error prints one sentence and exits with code 1."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help)
         return

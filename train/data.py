@@ -1,4 +1,4 @@
-"""The data module: which images train, validate and test, how they are prepared, and how the ranks share them."""
+"""The LightningDataModule: train, validation and test sets, their preparation, and their split over ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -16,8 +16,8 @@ from train.rng import mix
 from train.samplers import Collate, GlobalBatchSampler, PreparedImages
 from train.stop import ignore_signals
 
-RECALIBRATION_EPOCH = 2**31  # its order and augmentation are no training epoch's
-VALIDATION_SEED = 0  # one validation part for every run, whatever its seed
+RECALIBRATION_EPOCH = 2**31  # no training epoch has this order and augmentation
+VALIDATION_SEED = 0  # every run has the same validation set, regardless of its seed
 
 
 class ImageData(LightningDataModule):
@@ -27,22 +27,22 @@ class ImageData(LightningDataModule):
         source: `source(root=, download=)` returns the train and test sets, see `train.datasets`.
         num_classes: labels are 0 to num_classes - 1.
         in_channels: channels of an image.
-        image_size: pixels a side once prepared.
-        mean, std: of each channel of the train set, for images with values from 0 to 1.
-        global_batch_size: images that all ranks together take in one step.
-        batch_size_per_rank: if given, the global batch has this many for each rank instead.
-        eval_batch_size: images that all ranks together validate or test in one step.
-        train_transforms: augmentation of single images, by the processes that load them.
+        image_size: height and width in pixels after the transforms.
+        mean, std: per channel of the train set, for pixel values from 0 to 1.
+        global_batch_size: images per step over all ranks.
+        batch_size_per_rank: if given, the global batch is this number times the number of ranks instead.
+        eval_batch_size: images per validation or test step over all ranks.
+        train_transforms: augmentation of single images, in the DataLoader workers.
         batch_transforms: augmentation of a batch on the device, see `train.augment`.
-        eval_transforms: what validation and test need, such as a resize.
-        val_fraction: part of the train set held out to choose the best checkpoint. With 0 the test set is also the
-            validation set: then only the last checkpoint has an honest test accuracy.
-        num_train: images of the train set to use, chosen alike for every seed; all of them by default.
-        seed: of the order and the augmentation. The parts are chosen without it.
-        root: directory of the files, for the sources that have any.
-        download: fetch missing files once for each node.
-        num_workers: processes that load images for each rank.
-        shuffle: a new order in every epoch.
+        eval_transforms: transforms for validation and test, such as a resize.
+        val_fraction: share of the train set held out to choose the best checkpoint. If 0, the test set is also the
+            validation set, and only the last checkpoint has an unbiased test accuracy.
+        num_train: number of train images to use, the same images for every seed; all of them by default.
+        seed: determines the order and the augmentation, but not the split into train and validation set.
+        root: directory of the files, for sources that read files.
+        download: whether to download missing files, once per node.
+        num_workers: DataLoader workers per rank.
+        shuffle: whether every epoch has a new order.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class ImageData(LightningDataModule):
         self.num_workers = num_workers
         self.shuffle = shuffle
         self.classes: list[str] | None = None
-        self.resume_at = (0, 0)  # epoch and batch that training begins with
+        self.resume_at = (0, 0)  # epoch and batch at which training starts
 
     def check_batch_size(self) -> None:
-        """Raise Refusal, on every rank, where these ranks cannot train with it; they can still evaluate."""
+        """Raise Refusal, on every rank, if the global batch is too small to train on these ranks."""
         if self.global_batch_size < distenv.world_size():
             raise Refusal(
                 f"every rank must get an image: the global batch has {self.global_batch_size} and there are "
@@ -97,7 +97,7 @@ class ImageData(LightningDataModule):
             )
 
     def prepare_data(self) -> None:
-        """Download once for each node, if asked to."""
+        """Download once per node, if `download` is set."""
         if self.download:
             self.source(root=self.root, download=True)
 
@@ -105,7 +105,7 @@ class ImageData(LightningDataModule):
         """Open the data sets on this rank.
 
         Raises:
-            Refusal: files are missing; on every rank that misses them.
+            Refusal: files are missing; on every rank that cannot find them.
         """
         splits = self.source(root=self.root, download=False)
         if self.num_train:
@@ -118,7 +118,7 @@ class ImageData(LightningDataModule):
             self.train_set, self.val_set = splits.train, splits.test
 
     def class_names(self) -> list[str]:
-        """Return a name for each class, its number where the files have none."""
+        """Return the class names, or the class numbers if the data set has no names."""
         return self.classes or [str(label) for label in range(self.num_classes)]
 
     def train_dataloader(self) -> DataLoader:
@@ -129,14 +129,14 @@ class ImageData(LightningDataModule):
         return loader
 
     def recalibration_batches(self, num_batches: int) -> Iterator[Tensor]:
-        """Yield this rank's images of some global batches of the train set, augmented, and always the same ones."""
+        """Yield this rank's augmented images of `num_batches` global batches of the train set, always the same ones."""
         loader = self._loader(self.train_set, self.train_transforms, self.global_batch_size, True, workers=0)
         loader.batch_sampler.set_epoch(RECALIBRATION_EPOCH)  # type: ignore[union-attr]
         for batch_idx, (images, _) in enumerate(islice(loader, num_batches)):
             yield self.transform_batch(images, RECALIBRATION_EPOCH, batch_idx)
 
     def transform_batch(self, images: Tensor, epoch: int, batch_idx: int) -> Tensor:
-        """Return this rank's images of a global batch of the train set after its augmentation as a batch."""
+        """Apply `batch_transforms` to this rank's images of a global batch of the train set."""
         for transform in self.batch_transforms:
             images = transform(images, seed=mix(self.seed, epoch, batch_idx), global_batch_size=self.global_batch_size)
         return images
@@ -175,5 +175,5 @@ class ImageData(LightningDataModule):
             persistent_workers=num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # otherwise every epoch takes a number from the one that dropout uses
+            generator=torch.Generator(),  # otherwise every epoch draws from the generator that dropout uses
         )

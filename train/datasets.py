@@ -1,4 +1,4 @@
-"""Where images come from: `source(root=, download=)` returns a train and a test data set of (image, label) pairs."""
+"""Data sources: `source(root=, download=)` returns a train and a test data set of (image, label) pairs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,8 @@ class Splits(NamedTuple):
     """A train and a test data set.
 
     Attributes:
-        train_labels: where they are known without reading the images.
-        classes: their names, if they have any.
+        train_labels: labels of the train set, if known without reading the images.
+        classes: class names, if any.
     """
 
     train: Dataset
@@ -33,12 +33,12 @@ class Splits(NamedTuple):
 
 
 def unreadable(name: str, error: Exception) -> Refusal:
-    """Return the refusal for an image file that is there and cannot be read."""
+    """Return a Refusal for an image file that exists but cannot be read."""
     return Refusal(f"{name} cannot be read ({error}): replace or remove the file")
 
 
 def image_name(dataset: Dataset, index: int) -> str:
-    """Return the path of an image, or its index where it has none."""
+    """Return the path of an image, or its index if it has no path."""
     source: Any = dataset
     while isinstance(source, Subset):
         source, index = source.dataset, source.indices[index]
@@ -47,9 +47,9 @@ def image_name(dataset: Dataset, index: int) -> str:
 
 
 def digits(root: str | None = None, download: bool = False) -> Splits:
-    """Return scikit-learn's 1,797 real 8x8 digits: 1,437 to train, 360 to test, stratified, always the same ones.
+    """Return scikit-learn's 1,797 real 8x8 digits: 1,437 to train, 360 to test, in a fixed stratified split.
 
-    The images come with the package, so `root` and `download` mean nothing here.
+    The images come with the package, so `root` and `download` are ignored.
     """
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / bunch.images.max()).float().unsqueeze(1)  # (1797, 1, 8, 8)
@@ -63,14 +63,14 @@ def digits(root: str | None = None, download: bool = False) -> Splits:
 
 
 def torchvision_dataset(root: str, download: bool = False, *, factory: Callable[..., Dataset]) -> Splits:
-    """Return one of torchvision's data sets that come as a train and a test part.
+    """Return a torchvision data set that has a train and a test split.
 
     Args:
-        root: the directory with the files as torchvision lays them out.
+        root: directory of the files, in torchvision's layout.
         factory: `torchvision.datasets.CIFAR10` and the like, called with (root, train=, download=).
 
     Raises:
-        Refusal: the files are not there or damaged, or cannot be downloaded.
+        Refusal: the files are missing or damaged, or cannot be downloaded.
     """
     name = getattr(factory, "__name__", str(factory))
     where = Path(root).resolve()
@@ -84,16 +84,16 @@ def torchvision_dataset(root: str, download: bool = False, *, factory: Callable[
     except (RuntimeError, ValueError, AssertionError, EOFError, KeyError, UnpicklingError) as error:
         raise Refusal(
             f"{name} is missing or damaged in {where}: add data.download=true to download it there, or data.root=DIR "
-            "to name the directory that has it"
+            "to use the directory that contains it"
         ) from error
     labels = [int(label) for label in train.targets]  # type: ignore[attr-defined]
     return Splits(in_memory(train), in_memory(test), labels, getattr(train, "classes", None))
 
 
 def in_memory(dataset: Any) -> Dataset:
-    """Return a data set whose `data` holds all images (N, H, W) or (N, H, W, 3) as one of tensors (N, C, H, W).
+    """Return a TensorDataset (N, C, H, W) of a data set whose `data` holds all images, (N, H, W) or (N, H, W, 3).
 
-    A tensor is indexed and augmented faster than PIL's images, and a batch of them in one piece.
+    Tensors are indexed and augmented faster than PIL images, and a whole batch is indexed at once.
     """
     images = torch.as_tensor(dataset.data)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
@@ -104,7 +104,7 @@ def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Split
     """Return the images under `root/train/CLASS/` and `root/val/CLASS/`; the latter are the test set, as for ImageNet.
 
     Raises:
-        Refusal: a directory is not there, or has another number of classes.
+        Refusal: a directory is missing, or does not have `num_classes` class folders.
     """
     parts = []
     for part in ("train", "val"):
@@ -127,7 +127,7 @@ def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Split
     for one, other in (parts, parts[::-1]):
         for name in sorted(set(one.classes) - set(other.classes)):
             raise Refusal(
-                f"{other.root} has no class folder {name}, and {one.root} has: give both the same class folders"
+                f"{other.root} has no class folder {name}, but {one.root} has: give both the same class folders"
             )
     return Splits(parts[0], parts[1], parts[0].targets, parts[0].classes)
 
@@ -141,7 +141,7 @@ def fake(
     image_size: int,
     num_classes: int,
 ) -> Splits:
-    """Return images of noise that need no files: for trying a recipe and for timing, there is nothing to learn."""
+    """Return images of noise, which need no files: for trying a recipe and for timing, not for learning."""
     shape = (3, image_size, image_size)
     return Splits(
         datasets.FakeData(num_train, shape, num_classes),
@@ -150,7 +150,7 @@ def fake(
 
 
 def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return the train set without a validation part, and that part: stratified by label, chosen by the seed alone."""
+    """Split the train set into a train and a validation part, stratified by label and determined by the seed alone."""
     size = len(splits.train)  # type: ignore[arg-type]
     try:
         train, val = train_test_split(
@@ -158,16 +158,16 @@ def hold_out(splits: Splits, fraction: float, seed: int) -> tuple[Dataset, Datas
         )
     except ValueError as error:
         raise Refusal(
-            f"data.val_fraction={fraction} cannot part {size} images with every class in both: {error}"
+            f"data.val_fraction={fraction} cannot split {size} images with every class in both parts: {error}"
         ) from None
     return _select(splits.train, train), _select(splits.train, val)
 
 
 def fewer(splits: Splits, num_train: int, seed: int) -> Splits:
-    """Return splits with `num_train` images to train on, stratified by label and chosen by the seed alone.
+    """Return splits with `num_train` train images, stratified by label and determined by the seed alone.
 
     Raises:
-        Refusal: there are not so many.
+        Refusal: the train set has fewer images, or the classes cannot be stratified.
     """
     size = len(splits.train)  # type: ignore[arg-type]
     if not 0 < num_train <= size:
@@ -178,7 +178,7 @@ def fewer(splits: Splits, num_train: int, seed: int) -> Splits:
     try:
         index, _ = train_test_split(np.arange(size), train_size=num_train, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise Refusal(f"data.num_train={num_train} is too few or too many for images of every class: {error}") from None
+        raise Refusal(f"data.num_train={num_train} is too small or too large to include every class: {error}") from None
     kept = None if labels is None else [labels[i] for i in index]
     return splits._replace(train=_select(splits.train, index), train_labels=kept)
 

@@ -1,4 +1,4 @@
-"""What the launcher says about this process, and what all its ranks agree on before they can talk."""
+"""The launcher's environment variables, and what all ranks agree on before there is a process group."""
 
 import os
 import sys
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple, NoReturn
 from omegaconf import OmegaConf
 
 STORE_TIMEOUT = timedelta(seconds=60)
-RANK_ZERO_SPEAKS_FIRST_S = 5  # what rank 0 gets to report an error that all ranks met
+RANK_ZERO_SPEAKS_FIRST_S = 5  # head start of rank 0 in reporting an error that occurs on all ranks
 
 
 class Refusal(RuntimeError):
-    """What was asked for cannot work; the message says why and what to do, and no traceback is shown."""
+    """The request cannot be carried out; the message says why and what to do, and no traceback is shown."""
 
 
 def rank() -> int:
-    """Return this process's rank among all, 0 without a launcher."""
+    """Return the global rank of this process, 0 without a launcher."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -34,12 +34,12 @@ def local_world_size() -> int:
 
 
 def num_nodes() -> int:
-    """Return the number of nodes: torchrun gives every node as many ranks as this one has."""
+    """Return the number of nodes: torchrun starts the same number of ranks on every node."""
     return world_size() // local_world_size()
 
 
 def accelerator() -> str:
-    """Return "gpu" where every rank of this node has a GPU of its own, otherwise "cpu"."""
+    """Return "gpu" if this node has a GPU for each of its ranks, otherwise "cpu"."""
     import torch
 
     return "gpu" if torch.cuda.device_count() >= local_world_size() else "cpu"
@@ -48,27 +48,27 @@ def accelerator() -> str:
 def run_stamp() -> str:
     """Return the time the run started: the same string on every rank and after an elastic restart.
 
-    Ranks start in different seconds and there is no process group yet, so the first to arrive leaves its clock in
+    Ranks start in different seconds and there is no process group yet, so the first rank to arrive writes its time to
     the store that torchrun's agent keeps for the whole job.
 
     Raises:
-        Refusal: several ranks and no agent store; on every rank.
+        Refusal: there are several ranks and no agent store; on every rank.
     """
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
     if world_size() == 1:
         return now
     if not has_agent_store():
         raise Refusal(
-            "the ranks must agree on one run directory, and this launcher keeps no store they could agree in: "
+            "the ranks must agree on one run directory, and this launcher provides no shared store: "
             "start with torchrun, or name the directory with run_name=..."
         )
     return agent_store().compare_set("train/run_stamp", "", now).decode()
 
 
 def agreed(key: str, value: str) -> str:
-    """Return rank 0's value on every rank, before there is a process group; each its own without torchrun's store.
+    """Return rank 0's value on every rank, before there is a process group.
 
-    Every life of the ranks has values of its own.
+    Without torchrun's store every rank returns its own value. Each life of the ranks has separate values.
     """
     if world_size() == 1 or not has_agent_store():
         return value
@@ -81,7 +81,7 @@ def agreed(key: str, value: str) -> str:
 class Life(NamedTuple):
     """The time between two restarts of all ranks by torchrun."""
 
-    name: str  # the same on every rank, another one in every life
+    name: str  # the same on every rank, different in every life
     is_restart: bool
 
 
@@ -89,7 +89,7 @@ class Life(NamedTuple):
 def life() -> Life:
     """Return the life that this process belongs to; every rank calls it.
 
-    `TORCHELASTIC_RESTART_COUNT` does not tell: a node whose own ranks did not fail does not count.
+    `TORCHELASTIC_RESTART_COUNT` does not identify it: the count does not grow on a node whose own ranks did not fail.
     """
     if world_size() == 1 or not has_agent_store():
         count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -98,13 +98,13 @@ def life() -> Life:
 
 
 def meet(store: Any, rank: int, world_size: int) -> Life:
-    """Return rank 0's new life on every rank, through a store with what the ranks of earlier lives have left there.
+    """Return rank 0's new life on every rank, through a store that still has keys from earlier lives.
 
-    Rank 0 answers every greeting, by its unique name, until all ranks have confirmed its answer: a greeting of an
-    earlier life is answered in vain.
+    Every other rank writes a greeting with a unique name. Rank 0 answers each greeting until every rank has confirmed
+    an answer. An answer to a greeting from an earlier life is never read.
 
     Raises:
-        Refusal: not all ranks came within a minute; on those that did.
+        Refusal: not all ranks arrived within a minute; on those that did.
     """
     own = uuid.uuid4().hex
     deadline = time.monotonic() + STORE_TIMEOUT.total_seconds()
@@ -132,17 +132,17 @@ def _wait(store: Any, key: str, deadline: float) -> None:
 
 def _pause(deadline: float) -> None:
     if time.monotonic() > deadline:
-        raise Refusal("the ranks did not meet within a minute: see what ended the others, and start them together")
+        raise Refusal("the ranks did not meet within a minute: check why the others ended, and restart all ranks")
     time.sleep(0.02)
 
 
 def has_agent_store() -> bool:
-    """Whether torchrun keeps a store for the whole job, restarts included."""
+    """Return whether torchrun keeps a store for the whole job, including restarts."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def agent_store() -> Any:
-    """Return a new connection to that store."""
+    """Return a new connection to torchrun's store."""
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -150,14 +150,14 @@ def agent_store() -> Any:
 
 
 def register_resolvers() -> None:
-    """Give the configuration `${run_stamp:}`, `${accelerator:}`, `${local_world_size:}` and `${num_nodes:}`."""
+    """Register `${run_stamp:}`, `${accelerator:}`, `${local_world_size:}`, `${num_nodes:}` and `${world_size:}`."""
     for resolver in (accelerator, local_world_size, num_nodes, world_size):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
 
 
 def refuse_multirun(arguments: list[str]) -> None:
-    """Exit where Hydra's multirun was asked for on several ranks, each of which would sweep by itself."""
+    """Exit if Hydra's multirun is requested on several ranks: each rank would run the whole sweep."""
     if world_size() > 1 and {"-m", "--multirun"} & set(arguments):
         overrides = " ".join(argument for argument in arguments if argument not in {"-m", "--multirun"})
         leave(
@@ -167,12 +167,12 @@ def refuse_multirun(arguments: list[str]) -> None:
 
 
 def refuse_slurm_tasks() -> None:
-    """Exit where SLURM runs the trainer as several tasks without torchrun, which sets up the ranks here."""
+    """Exit if SLURM starts several tasks without torchrun: each would train as a single process."""
     tasks = int(os.environ.get("SLURM_NTASKS") or 1)
     is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if "RANK" not in os.environ and tasks > 1 and not is_interactive:
         leave(
-            f"SLURM has {tasks} tasks in this job, and each would train by itself: start one torchrun for each node "
+            f"SLURM has {tasks} tasks in this job, and each would train separately: start one torchrun for each node "
             "(--ntasks-per-node=1), as scripts/slurm.sbatch does"
         )
 
@@ -180,8 +180,8 @@ def refuse_slurm_tasks() -> None:
 def leave(message: str) -> NoReturn:
     """Print one message for all ranks and exit with code 1.
 
-    torchrun ends the other ranks as soon as rank 0 has left; a rank that outlives the wait met the error alone and
-    reports it itself.
+    torchrun ends the other ranks as soon as rank 0 has exited. A rank still alive after the wait was the only one to
+    fail, and reports the error itself.
     """
     if rank() != 0:
         time.sleep(RANK_ZERO_SPEAKS_FIRST_S)

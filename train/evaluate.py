@@ -1,7 +1,7 @@
 """`python -m train.evaluate checkpoint=FILE [output=DIR] [key=value ...]`: test a checkpoint, alone or under torchrun.
 
-Correct and total are the same integers for every number of ranks and every batch size, and those that training printed
-for the same weights. Any value of the run's configuration can be overridden, such as data.root=DIR.
+The correct and total counts are the same integers for every number of ranks and every batch size, and equal those that
+training printed for the same weights. Any value of the run's configuration can be overridden, such as data.root=DIR.
 
     python -m train.evaluate checkpoint=outputs/RUN/checkpoints/best.ckpt
     torchrun --standalone --nproc-per-node=4 -m train.evaluate checkpoint=outputs/RUN/checkpoints/last.ckpt
@@ -20,7 +20,7 @@ from train.stop import StopsTests
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Test, print a table of the classes, and leave `evaluation.json` and pictures in `output`."""
+    """Test, print a table of the classes, and write `evaluation.json` and pictures to `output`."""
     own, overrides = commands.options(arguments, {"checkpoint": None, "output": ""})
     path = Path(own["checkpoint"])
     config, model, data, classes = commands.from_checkpoint(path, overrides)

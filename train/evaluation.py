@@ -1,4 +1,4 @@
-"""What a test finds beyond its accuracy: the confusion matrix, each class's share, and the most confident mistakes."""
+"""Test results beyond the accuracy: the confusion matrix, counts per class, and the most confident mistakes."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ MISTAKES = 25
 
 
 class Mistake(NamedTuple):
-    """An image (C, H, W) as the network saw it, and what it took it for."""
+    """A misclassified image (C, H, W), as given to the network, with its label and prediction."""
 
     probability: float
     label: int
@@ -21,7 +21,7 @@ class Mistake(NamedTuple):
 
 
 class Findings(Callback):
-    """Collects over all ranks while testing; every figure is a sum, so any split over ranks gives the same.
+    """Collects test results over all ranks; every count is a sum, so it does not depend on the split over ranks.
 
     Attributes:
         confusion: counts by label (rows) and prediction (columns), int64 (num_classes, num_classes).
@@ -34,7 +34,7 @@ class Findings(Callback):
         self.mistakes: list[Mistake] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with nothing."""
+        """Reset the counts and the mistakes."""
         self._matrix = self._matrix.to(pl_module.device)
         self._matrix.reset()
         self.mistakes = []
@@ -42,7 +42,7 @@ class Findings(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Count one batch, from the logits that `test_step` returns."""
+        """Add one batch, from the logits that `test_step` returns."""
         images, labels = batch
         if not len(labels):
             return
@@ -54,7 +54,7 @@ class Findings(Callback):
         self.mistakes = sorted(self.mistakes, key=_order)[:MISTAKES]
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the ranks' counts and mistakes together."""
+        """Merge the counts and mistakes of all ranks."""
         self.confusion = self._matrix.compute().cpu()
         gathered: list[Any] = [self.mistakes] * trainer.world_size
         if trainer.world_size > 1:

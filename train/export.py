@@ -1,8 +1,8 @@
-"""`python -m train.export checkpoint=FILE format=FORMAT [output=FILE] [fold=true]`: a network by itself.
+"""`python -m train.export checkpoint=FILE format=FORMAT [output=FILE] [fold=true]`: export the network.
 
-Formats: torch (a module that torch.load reads), torchscript, exported_program (torch.export), onnx. BatchNorm is plain;
-with fold=true it becomes part of the convolution before it, where there is one. How images are prepared is written
-beside it as JSON. The file is read again and compared before the command ends.
+Formats: torch (a module that torch.load reads), torchscript, exported_program (torch.export), onnx. The file has plain
+BatchNorm; fold=true folds each BatchNorm into the convolution before it, if there is one. The preprocessing is written
+to a JSON file beside it. The command loads the file again and compares its outputs with the network's.
 
     python -m train.export checkpoint=outputs/RUN/checkpoints/best.ckpt format=onnx fold=true
 """
@@ -24,7 +24,7 @@ from train import commands
 from train.distenv import Refusal
 
 SUFFIX = {"torch": ".pt", "torchscript": ".torchscript.pt", "exported_program": ".pt2", "onnx": ".onnx"}
-TOLERANCE = 1e-5  # of the outputs, relative to the largest
+TOLERANCE = 1e-5  # maximum error of the outputs, relative to the largest output
 
 
 class _Activated(nn.Sequential):
@@ -34,7 +34,7 @@ class _Activated(nn.Sequential):
 
 
 def export(arguments: list[str]) -> None:
-    """Write the network and its preprocessing, and compare what was written with the network."""
+    """Write the network and its preprocessing, and compare the outputs of the file with those of the network."""
     own, unknown = commands.options(arguments, {"checkpoint": None, "format": "torch", "output": "", "fold": "false"})
     if unknown:
         raise Refusal(f"export takes checkpoint, format, output and fold, got {unknown[0]}")
@@ -46,9 +46,9 @@ def export(arguments: list[str]) -> None:
     _, model, data, classes = commands.from_checkpoint(checkpoint)
     output = Path(own["output"] or checkpoint.with_suffix(SUFFIX[kind]))
     if kind == "exported_program" and output.suffix != ".pt2":
-        raise Refusal(f"an exported program is read from a file that ends in .pt2, got output={output}")
+        raise Refusal(f"output must end in .pt2 for format=exported_program, got output={output}")
     if output.is_dir():
-        raise Refusal(f"output must be a file, and {output} is a directory")
+        raise Refusal(f"output must be a file, but {output} is a directory")
     network = plain(model.network.float(), fold=own["fold"] == "true")
     images = torch.randn(2, *data.collate.image_shape)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def export(arguments: list[str]) -> None:
 
 
 def plain(network: nn.Module, fold: bool = False) -> nn.Module:
-    """Return the evaluated network as a graph of torch's own modules, with BatchNorm folded if asked for."""
+    """Return the network in eval mode as an FX graph of torch.nn modules; with `fold`, BatchNorm is folded."""
     network = copy.deepcopy(network).eval()
     syncbn.revert_sync_batchnorm(network)
     for name, module in list(network.named_modules()):

@@ -1,4 +1,4 @@
-"""What Hydra calls before it makes the directory of a run."""
+"""The callback that Hydra calls before it creates the run directory."""
 
 import tempfile
 from pathlib import Path
@@ -11,10 +11,10 @@ from train import distenv
 
 
 class WritableRunDirectory(Callback):
-    """Ends the process with a sentence where the run could not write its files."""
+    """Exits with a one-sentence error if the run could not write its files."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the directory and a file in it, on rank 0, unless it holds a run that is not to be continued."""
+        """On rank 0, create the directory and a temporary file, unless it holds a run that must not be resumed."""
         if distenv.rank() != 0:
             return
         directory = Path(config.run_dir)
@@ -22,7 +22,7 @@ class WritableRunDirectory(Callback):
             from train import resume
 
             try:
-                resume.find(config)  # before Hydra notes the configuration there
+                resume.find(config)  # before Hydra writes the configuration there
             except distenv.Refusal as refusal:
                 distenv.leave(str(refusal))
         try:
@@ -31,5 +31,5 @@ class WritableRunDirectory(Callback):
                 pass
         except OSError as error:
             distenv.leave(
-                f"the run directory {directory} cannot be written ({error.strerror}): name another with run_dir=DIR"
+                f"the run directory {directory} cannot be written ({error.strerror}): choose another with run_dir=DIR"
             )

@@ -1,4 +1,4 @@
-"""Loggers that a resumed run continues exactly where its checkpoint was taken."""
+"""Loggers whose files a resumed run continues exactly from its checkpoint."""
 
 import csv
 from argparse import Namespace
@@ -16,8 +16,8 @@ class MetricsFile(Logger):
     Lightning's own CSV logger deletes the file of an earlier process when it opens it.
 
     Args:
-        directory: of the file.
-        flush_every_n_rows: rows kept in memory at most.
+        directory: directory of the file.
+        flush_every_n_rows: maximum number of rows kept in memory.
     """
 
     def __init__(self, directory: str, flush_every_n_rows: int = 50) -> None:
@@ -30,17 +30,17 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Return a name for Lightning."""
+        """Return the name that Lightning requires."""
         return "metrics"
 
     @property
     def version(self) -> str:
-        """Return a version for Lightning: a run has one file."""
+        """Return the version that Lightning requires; empty, as a run has one file."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: a run keeps its configuration in a file of its own."""
+        """Do nothing: the configuration is in `config.yaml`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -51,7 +51,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows that are waiting; a new column makes the whole file new."""
+        """Write the buffered rows; a new column rewrites the whole file."""
         if not self._waiting:
             return
         columns = sorted(set(self._columns).union(*self._waiting))
@@ -66,17 +66,17 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
+        """Write the buffered rows."""
         self.save()
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of rows so far, which are then in the file."""
+        """Write the buffered rows and return the number of rows in the file."""
         self.save()
         return {"rows": self._written}
 
     @rank_zero_only
     def resume(self, state: dict[str, int]) -> None:
-        """Drop the rows after those of a checkpoint, and go on behind them."""
+        """Truncate the file to the rows of a checkpoint; later rows are appended."""
         rows = self._read()[: state["rows"]] if self.path.exists() else []
         self._columns = sorted(set().union(*rows))
         self._written = len(rows)
@@ -97,7 +97,7 @@ class MetricsFile(Logger):
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's TensorBoard logger, whose events behind the checkpoint of a resumed run are not shown."""
+    """Lightning's TensorBoardLogger; a resumed run hides the events after its checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,16 +105,16 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Write a figure of each."""
+        """Write the metrics of a step."""
         super().log_metrics(metrics, step)
         self._next_step = max(self._next_step, (step or 0) + 1)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the first step without a figure."""
+        """Return the first step without metrics."""
         self.save()
         return {"next_step": self._next_step}
 
     def resume(self, state: dict[str, int]) -> None:
-        """Hide the events from this step on; it is called before the first figure."""
+        """Hide the events from this step on; call it before `log_metrics`."""
         self._next_step = state["next_step"]
         self._kwargs["purge_step"] = self._next_step

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: blended pairs of images with blended labels, drawn from the step and the rank alone."""
+"""MixUp and CutMix: blend pairs of images and their labels, with draws that depend on seed, step and rank alone."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from train.rng import seeded
 class Mixing:
     """Applies one of torchvision's MixUp and CutMix to every training batch, chosen at random.
 
-    Partners come from the batch of the same rank, so the course of a run depends on the number of ranks.
+    Images are mixed within the batch of a rank, so the result of a run depends on the number of ranks.
 
     Args:
-        num_classes: of the labels.
-        mixup_alpha, cutmix_alpha: of the Beta distribution of the share; 0 leaves that one out.
+        num_classes: number of classes.
+        mixup_alpha, cutmix_alpha: parameter of the Beta distribution of the mixing weight; 0 disables the method.
 
     Source: Zhang et al. 2018 (mixup), Yun et al. 2019 (CutMix).
     """
@@ -36,7 +36,7 @@ class Mixing:
         """Return images (N, C, H, W) and class probabilities (N, num_classes); N may be 0.
 
         Args:
-            key: the numbers that the draw depends on.
+            key: the integers that seed the draw.
         """
         if not len(images):
             return images, F.one_hot(labels, self.num_classes).to(images.dtype)

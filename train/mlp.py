@@ -1,4 +1,4 @@
-"""A fully connected network with or without normalization, to see what normalization does without convolutions."""
+"""A fully connected network with or without normalization, to study normalization without convolutions."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,12 +13,12 @@ class MLP(nn.Module):
 
     Args:
         norm_layer: `norm_layer(num_channels)` returns a normalization of (N, num_channels, 1, 1).
-        num_classes: outputs.
-        in_channels, image_size: of the images.
-        widths: of the hidden layers.
+        num_classes: number of outputs.
+        in_channels, image_size: channels, and height and width, of the images.
+        widths: width of each hidden layer.
         order: "bn_relu" or "relu_bn".
-        dropout: share of the values that are zeroed after every hidden layer.
-        init_std: standard deviation of the first weights; He's by default.
+        dropout: dropout probability after every hidden layer.
+        init_std: standard deviation of the initial weights; He initialization by default.
     """
 
     def __init__(

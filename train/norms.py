@@ -1,4 +1,4 @@
-"""What `norm=` chooses: how a network normalizes a number of channels, and what makes that span the ranks."""
+"""The choices for `norm=`: the normalization layer, and the Lightning plugin that synchronizes it over ranks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,17 +12,17 @@ from train import distenv
 from train.distenv import Refusal
 from train.plugins import SyncBatchNormPlugin, TorchSyncBatchNormPlugin
 
-FEW_IMAGES = 16  # error grows below it: Wu & He 2018, figure 1
+FEW_IMAGES = 16  # BatchNorm's error grows below this number: Wu & He 2018, figure 1
 
 
 class Norm(NamedTuple):
     """A choice of normalization.
 
     Attributes:
-        layer: `layer(num_channels)` returns a new module for (N, num_channels, H, W). One that activates its output
-            itself says so in an attribute `activation`.
-        sync: the Lightning plugin that synchronizes it, if it is synchronized. A single process needs none.
-        ranks: over whose images a batch statistic is taken: "world", "node", a number of ranks; None if there is none.
+        layer: `layer(num_channels)` returns a new module for (N, num_channels, H, W). A module with a fused activation
+            names it in the attribute `activation`.
+        sync: the Lightning plugin that synchronizes the layers, or None. A single process does not need it.
+        ranks: the ranks that share batch statistics: "world", "node" or a number; None without batch statistics.
     """
 
     layer: Callable[[int], nn.Module]
@@ -30,12 +30,12 @@ class Norm(NamedTuple):
     ranks: int | str | None = None
 
     def num_ranks(self) -> int:
-        """Return over how many ranks a batch statistic is taken; 0 if there is none."""
+        """Return the number of ranks that share batch statistics; 0 without batch statistics."""
         known = {"world": distenv.world_size(), "node": distenv.local_world_size(), None: 0}
         return known[self.ranks] if self.ranks in known else int(self.ranks)  # type: ignore[arg-type]
 
     def check(self, accelerator: str) -> None:
-        """Raise Refusal, on every rank, where these ranks cannot train with it on an accelerator ("gpu" or "cpu")."""
+        """Raise Refusal, on every rank, if it does not support this world size or accelerator ("gpu" or "cpu")."""
         world_size = distenv.world_size()
         if self.ranks not in ("world", "node", None) and (not isinstance(self.ranks, int) or world_size % self.ranks):
             sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
@@ -49,7 +49,7 @@ class Norm(NamedTuple):
             )
 
     def batch_line(self, images_per_rank: float) -> str:
-        """Return over how many images a batch statistic is taken, with a warning where they are few."""
+        """Return a line with the number of images that share batch statistics, and a warning if it is small."""
         ranks = self.num_ranks()
         if not ranks:
             return "no batch statistics"
@@ -68,7 +68,7 @@ class Norm(NamedTuple):
 
 
 def batch_norm(num_channels: int, activation: str = "identity", temperature: float = 1.0) -> nn.Module:
-    """Return torch's BatchNorm2d, or this project's layer where it has to do more than normalize."""
+    """Return nn.BatchNorm2d, or syncbn.BatchNorm if an activation or a temperature is fused."""
     if activation == "identity" and temperature == 1:
         return nn.BatchNorm2d(num_channels)
     return syncbn.BatchNorm(num_channels, activation=activation, temperature=temperature)
@@ -85,7 +85,7 @@ def synchronized(
     """Return BatchNorm over the images of several ranks.
 
     Args:
-        group: all ranks ("world"), those of a node, or so many consecutive ones.
+        group: all ranks ("world"), the ranks of a node ("node"), or a number of consecutive ranks.
         activation: identity, relu, leaky_relu or silu, fused into the layer.
         temperature: factor on the normalized output.
     """
@@ -94,12 +94,12 @@ def synchronized(
 
 
 def torch_synchronized() -> Norm:
-    """Return torch's own SyncBatchNorm over all ranks, to compare with."""
+    """Return torch.nn.SyncBatchNorm over all ranks, for comparison."""
     return Norm(nn.BatchNorm2d, TorchSyncBatchNormPlugin(), "world")
 
 
 def group_norm(num_channels: int, num_groups: int = 32) -> nn.GroupNorm:
-    """Return GroupNorm with `num_groups` groups, or the most that divide a narrower layer's channels evenly.
+    """Return GroupNorm with the largest number of groups, up to `num_groups`, that divides the number of channels.
 
     Source: Wu & He 2018. One group is layer normalization over (C, H, W) with a weight and bias for each channel.
     """

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: no decay on norms and biases, a rate per 256 images, a change after every step."""
+"""The optimizer and its LR schedulers: no decay on norms and biases, a rate per 256 images, a change every step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,9 +33,9 @@ def build_optimizer(
 
     Args:
         factory: `factory(parameter_groups, lr=)`, such as a partial of `torch.optim.SGD`.
-        global_batch_size: images in a step of all ranks.
-        lr_per_256: learning rate for 256 images; it grows in proportion (Goyal et al. 2017).
-        weight_decay: of everything but norms and biases.
+        global_batch_size: images per optimizer step over all ranks.
+        lr_per_256: learning rate for 256 images; the rate is proportional to the batch (Goyal et al. 2017).
+        weight_decay: for all parameters except norms and biases.
     """
     groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
     return factory(groups, lr=lr_per_256 * global_batch_size / RATE_IMAGES)
@@ -49,7 +49,7 @@ def warmup_cosine(
     warmup_epochs: float = 1.0,
     final_fraction: float = 0.0,
 ) -> LambdaLR:
-    """Return a linear rise over `warmup_epochs`, then half a cosine down to `final_fraction` of the rate.
+    """Return a linear warm-up over `warmup_epochs`, then a cosine decay to `final_fraction` of the rate.
 
     Source: Goyal et al. 2017 (warm-up), Loshchilov & Hutter 2017 (cosine).
     """
@@ -70,10 +70,10 @@ def warmup_steps(
     warmup_epochs: float = 0.0,
     warmup_factor: float = 0.1,
 ) -> LambdaLR:
-    """Return a rate that is multiplied by `gamma` at each milestone, and by `warmup_factor` before `warmup_epochs`.
+    """Return a rate that is multiplied by `gamma` at each milestone, and by `warmup_factor` during `warmup_epochs`.
 
     Args:
-        milestones: shares of the whole run, such as 0.5 and 0.75.
+        milestones: fractions of the whole run, such as 0.5 and 0.75.
 
     Source: He et al. 2016, Identity Mappings, appendix: 0.01 for the first 400 steps, then 0.1, divided by 10 twice.
     """
@@ -98,12 +98,15 @@ def one_cycle(
     start_factor: float = 0.04,
     final_factor: float = 1e-4,
 ) -> OneCycleLR:
-    """Return a rise to the optimizer's rate and a fall far below it, momentum the other way (Smith & Topin 2018)."""
+    """Return a rise to the optimizer's rate, then a fall far below it; momentum does the reverse.
+
+    Source: Smith & Topin 2018.
+    """
     peaks = [group["lr"] for group in optimizer.param_groups]
     return OneCycle(
         optimizer,
         peaks,
-        total_steps=total_steps + 1,  # it is stepped once more after the last step
+        total_steps=total_steps + 1,  # the scheduler is also stepped after the last optimizer step
         pct_start=warmup_fraction,
         div_factor=1 / start_factor,
         final_div_factor=start_factor / final_factor,
@@ -111,17 +114,17 @@ def one_cycle(
 
 
 class OneCycle(OneCycleLR):
-    """torch's, whose length is that of this run also when it continues the checkpoint of a shorter one."""
+    """OneCycleLR that keeps the length of this run when it resumes the checkpoint of a shorter run."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint, without the length of the run."""
         return {name: value for name, value in super().state_dict().items() if name not in self.of_this_run}
 
     of_this_run = ("total_steps", "_schedule_phases")
 
 
 def constant(optimizer: Optimizer, *, total_steps: int, steps_per_epoch: float) -> LambdaLR:
-    """Return a schedule that leaves the rate alone."""
+    """Return a schedule with a constant rate."""
     return LambdaLR(optimizer, _one)
 
 

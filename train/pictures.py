@@ -11,7 +11,7 @@ from torch import Tensor
 from train.evaluation import Mistake
 
 TRAIN, VAL, RATE, SPEED = "#4477AA", "#EE6677", "#228833", "#AA3377"  # Paul Tol's bright palette, colour-blind safe
-FEW_CLASSES = 25  # up to which a confusion matrix has names and numbers
+FEW_CLASSES = 25  # up to this number, a confusion matrix shows names and counts
 COLUMNS = 5
 
 
@@ -19,10 +19,10 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[flo
     """Draw loss, accuracy, learning rate and throughput over the epochs.
 
     Args:
-        epochs: for each epoch `epoch` and, where known, `train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`,
-            `images_per_second`.
+        epochs: one mapping per epoch: `epoch` and, if known, `train_loss`, `val_loss`, `train_accuracy`,
+            `val_accuracy`, `images_per_second`.
         rates: (epochs done, learning rate).
-        path: of the picture.
+        path: file to write.
     """
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2)
@@ -53,7 +53,7 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[flo
 
 
 def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
-    """Draw the confusion matrix (num_classes, num_classes), labels down and predictions across, shaded by row share."""
+    """Draw the confusion matrix (num_classes, num_classes), rows are labels, shaded by share of the row."""
     counts = confusion.numpy()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(7.5, 7), layout="constrained")
@@ -80,7 +80,7 @@ def draw_mistakes(
     """Draw the images that were misclassified with the most confidence, with label, prediction and probability."""
     rows = max(1, -(-len(mistakes) // COLUMNS))
     figure = Figure(figsize=(2 * COLUMNS, 2.35 * rows), layout="constrained")
-    bare = {"frame_on": False, "xticks": [], "yticks": []}  # ticks would take most of the time
+    bare = {"frame_on": False, "xticks": [], "yticks": []}  # drawing ticks would take most of the time
     grid = figure.subplots(rows, COLUMNS, squeeze=False, subplot_kw=bare).ravel()
     for axes, mistake in zip(grid, mistakes, strict=False):
         pixels = mistake.image.float().permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)

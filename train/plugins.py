@@ -1,4 +1,4 @@
-"""How Lightning runs on several ranks: this project's layer in place of torch's, and DDP set up for it."""
+"""Lightning plugins for several ranks: synchronized BatchNorm, atomic checkpoint files, restartable DDP."""
 
 import inspect
 import io
@@ -20,42 +20,42 @@ from train.distenv import Refusal
 
 
 class SyncBatchNormPlugin(LayerSync):
-    """BatchNorm over the images of several ranks while fitting, plain BatchNorm before and after.
+    """Synchronizes BatchNorm over several ranks during fit; before and after, the layers are plain BatchNorm.
 
     Args:
-        group: all ranks ("world"), those of a node ("node"), or so many consecutive ones.
+        group: all ranks ("world"), the ranks of a node ("node"), or a number of consecutive ranks.
     """
 
     def __init__(self, group: int | Literal["world", "node"] = "world") -> None:
         self.group = group
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Return the model with synchronized BatchNorm; Lightning calls it when the process group is up."""
+        """Return the model with synchronized BatchNorm; Lightning calls this once the process group is initialized."""
         group = None if self.group == "world" else syncbn.new_sync_groups(self.group)
         return syncbn.convert_sync_batchnorm(model, group)
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Return the model with the BatchNorm classes it had."""
+        """Return the model with its original BatchNorm classes."""
         return syncbn.revert_sync_batchnorm(model)
 
 
 class TorchSyncBatchNormPlugin(LayerSync):
-    """torch.nn.SyncBatchNorm over all ranks, which evaluates without communication too."""
+    """torch.nn.SyncBatchNorm over all ranks, also for evaluation, in which it does not communicate."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Return the model with torch's layers."""
+        """Return the model with torch.nn.SyncBatchNorm layers."""
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Return the model as it is: Lightning's own way back loses modes and classes."""
+        """Return the model unchanged: Lightning's own revert loses train/eval modes and classes."""
         return model
 
 
 class AtomicFiles(TorchCheckpointIO):
-    """Checkpoint files that are whole or not there, on every file system."""
+    """Writes each checkpoint file completely or not at all, on every file system."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside the file and then put it in its place.
+        """Write a temporary file beside `path`, then rename it to `path`.
 
         Raises:
             Refusal: there is no space left, or the directory cannot be written.
@@ -73,19 +73,19 @@ class AtomicFiles(TorchCheckpointIO):
         except OSError as error:
             raise Refusal(
                 f"the checkpoint {path} cannot be written ({error.strerror}): make space or name another "
-                "directory with run_dir=DIR; what was there before is whole"
+                "directory with run_dir=DIR; the previous file is intact"
             ) from error
 
 
 class Restartable(DDPStrategy):
-    """DDP whose process group can be made again when torchrun restarts the ranks of a run.
+    """DDPStrategy whose process group can be initialized again after torchrun restarts the ranks of a run.
 
-    torchrun's store outlives the ranks, and torch (2.14) would take the addresses of dead ones from it: so every life
-    of a run gets keys of its own.
+    torchrun's store outlives the ranks, and torch (2.14) would read the addresses of dead ranks from it. Each life of a
+    run therefore has a separate key prefix.
     """
 
     def setup_distributed(self) -> None:
-        """Make the process group, unless there is one."""
+        """Initialize the process group, unless there is one."""
         if distenv.has_agent_store() and not dist.is_initialized():
             device = self.root_device
             dist.init_process_group(
@@ -102,8 +102,8 @@ class Restartable(DDPStrategy):
 def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameters: bool = False) -> Strategy | str:
     """Return DDP for several ranks (NCCL on GPUs, gloo on CPUs), and "auto" for one.
 
-    DDP does not broadcast buffers before every forward: synchronized running statistics are equal anyway, and those of
-    `norm=local` are made equal before an evaluation by `statistics.EqualBuffers`.
+    DDP does not broadcast buffers before every forward: synchronized running statistics are equal anyway, and
+    `statistics.EqualBuffers` makes those of `norm=local` equal before an evaluation.
 
     Args:
         accelerator: "gpu" or "cpu".
@@ -111,7 +111,7 @@ def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameter
     """
     if distenv.world_size() == 1:
         return "auto"
-    # `broadcast_buffers` until torch 2.12
+    # called `broadcast_buffers` until torch 2.12
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     broadcast = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {broadcast: False, "find_unused_parameters": find_unused_parameters}

@@ -1,4 +1,4 @@
-"""Pre-activation residual networks: norm-ReLU-convolution units around an identity that nothing touches.
+"""Pre-activation residual networks: norm-ReLU-convolution units around an unmodified identity.
 
 Source: He et al. 2016, Identity Mappings in Deep Residual Networks, figure 1(b), table 4 and the appendix. As in
 torchvision the stride of a bottleneck is on its 3x3 convolution; shortcuts that change shape are 1x1 convolutions.
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 NormFactory = Callable[[int], nn.Module]
-SMALL_IMAGE = 64  # pixels a side, up to which the 7x7 stem and its pooling would leave too little to see
+SMALL_IMAGE = 64  # pixels per side; up to this size the 7x7 stem and its pooling would leave too few pixels
 
 
 def normalize_and_activate(norm: nn.Module, x: Tensor, order: str = "bn_relu") -> Tensor:
-    """Return relu(norm(x)), or norm(relu(x)) for the order "relu_bn"; a norm that activates by itself is left alone."""
+    """Return relu(norm(x)), or norm(relu(x)) for the order "relu_bn"; a fused activation replaces the ReLU."""
     if order == "relu_bn":
         return norm(x.relu())
     activates = getattr(norm, "activation", "identity") != "identity"
@@ -22,7 +22,7 @@ def normalize_and_activate(norm: nn.Module, x: Tensor, order: str = "bn_relu") -
 
 
 def check_order(order: str, norm: nn.Module) -> None:
-    """Raise ValueError for an order that is not known, or that a norm with an activation of its own cannot have."""
+    """Raise ValueError for an unknown order, or for "relu_bn" with a norm that has a fused activation."""
     if order not in ("bn_relu", "relu_bn"):
         raise ValueError(f"order must be bn_relu or relu_bn, got {order}")
     if order == "relu_bn" and getattr(norm, "activation", "identity") != "identity":
@@ -39,11 +39,11 @@ class _PreActUnit(nn.Module):
         width: channels of the 3x3 convolutions; the output has `width * expansion`.
         stride: of the unit, 1 or 2.
         norm_layer: `norm_layer(num_channels)` returns a new normalization.
-        conv_bias: whether the convolutions have a bias, for a norm that shifts nothing.
-        share_preactivation: the shortcut takes the activated input too, as in the first unit of a network; a unit that
-            changes the shape always does.
-        order: "bn_relu", or "relu_bn" to normalize what has been activated.
-        dropout: share of the values that are zeroed before the last convolution.
+        conv_bias: whether the convolutions have a bias, for norms without one.
+        share_preactivation: whether the shortcut also takes the activated input, as in the first unit of a network;
+            always true in a unit that changes the shape.
+        order: "bn_relu", or "relu_bn" to normalize after the activation.
+        dropout: dropout probability before the last convolution.
     """
 
     expansion: int
@@ -81,7 +81,7 @@ class _PreActUnit(nn.Module):
 
     @property
     def last_convolution(self) -> nn.Conv2d:
-        """The one that the addition follows."""
+        """The convolution before the addition."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class PreActBlock(_PreActUnit):
 
     @property
     def last_convolution(self) -> nn.Conv2d:
-        """The one that the addition follows."""
+        """The convolution before the addition."""
         return self.conv2
 
 
@@ -136,7 +136,7 @@ class PreActBottleneck(_PreActUnit):
 
     @property
     def last_convolution(self) -> nn.Conv2d:
-        """The one that the addition follows."""
+        """The convolution before the addition."""
         return self.conv3
 
 
@@ -147,13 +147,13 @@ class PreActResNet(nn.Module):
         block: `PreActBlock` or `PreActBottleneck`.
         units: units in each stage.
         width: channels of the first stage before the block's expansion.
-        norm_layer: `norm_layer(num_channels)` returns a new normalization. Where it has no parameters of its own, the
-            convolutions get a bias.
-        num_classes: outputs.
+        norm_layer: `norm_layer(num_channels)` returns a new normalization. If it has no parameters, the
+            convolutions have a bias.
+        num_classes: number of outputs.
         in_channels: channels of the images.
         small_stem: a 3x3 convolution with stride 1; otherwise 7x7 with stride 2 and 3x3 max pooling with stride 2.
         order: "bn_relu" as published, or "relu_bn".
-        dropout: share of the values that are zeroed before the last convolution of a unit.
+        dropout: dropout probability before the last convolution of a unit.
         zero_init: start the last convolution of every unit at 0, so that the network starts as its shortcuts. No
             norm follows it here; with post-activation the last norm's weight starts at 0 instead (Goyal et al. 2017).
     """
@@ -213,7 +213,7 @@ class PreActResNet(nn.Module):
 
 
 class _Form(NamedTuple):
-    """One published depth: its unit, its stages, and the width of the first."""
+    """One published depth: its unit, the number of units per stage, and the width of the first stage."""
 
     block: type[_PreActUnit]
     units: tuple[int, ...]
@@ -250,15 +250,15 @@ def preact_resnet(
 
     Args:
         depth: 18, 34, 50, 101, 152 or 200 (four stages), or 20, 56, 110 or 164 (three stages, for small images).
-        image_size: pixels a side; up to 64 the stem keeps the resolution (18 then is PreAct-18 for CIFAR).
+        image_size: pixels per side; up to 64 the stem keeps the resolution (depth 18 is then PreAct-18 for CIFAR).
         width: channels of the first stage, if not the published 64 or 16.
         order, dropout, zero_init: see `PreActResNet`.
 
     Raises:
-        ValueError: a depth that is not in the table.
+        ValueError: the depth is not one of these.
     """
     if depth not in FORMS:
-        raise ValueError(f"depth must be one of {sorted(FORMS)}, got {depth}: `PreActResNet` takes any stages")
+        raise ValueError(f"depth must be one of {sorted(FORMS)}, got {depth}: use `PreActResNet` for other stages")
     form = FORMS[depth]
     return PreActResNet(
         form.block,
@@ -283,7 +283,7 @@ def _stem(in_channels: int, width: int, small: bool, bias: bool) -> nn.Module:
 
 
 def _initialize(module: nn.Module) -> None:
-    """He initialization of convolutions; every bias of theirs and of the head starts at 0."""
+    """He initialization of convolutions; all biases of convolutions and of the head start at 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:

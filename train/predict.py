@@ -32,15 +32,15 @@ def predict(arguments: list[str]) -> None:
 
 
 def read(path: Path, data: ImageData) -> Image.Image:
-    """Return an image file in the colours that the network takes.
+    """Return an image file as RGB or greyscale, as the network requires.
 
     Raises:
-        Refusal: there is no such file, or it is no image.
+        Refusal: the file does not exist or is not an image.
     """
     try:
         with Image.open(path) as file:
             image: Image.Image = file
-            if file.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+            if file.mode.startswith("I"):  # 16-bit values, which `convert` would clip at 255
                 image = Image.fromarray((np.asarray(file, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
             return image.convert("RGB" if data.collate.image_shape[0] == 3 else "L")
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def read(path: Path, data: ImageData) -> Image.Image:
 
 
 def prepare(picture: Image.Image, data: ImageData) -> Tensor:
-    """Return a batch of one (1, C, H, W), prepared as test images are and brought to the network's size."""
+    """Return a batch of one (1, C, H, W), prepared like a test image and resized to the network's input."""
     image = to_image(picture)
     for transform in data.eval_transforms:
         image = transform(image)

@@ -1,4 +1,4 @@
-"""The record of a run: a report, its figures, and one line that machines read."""
+"""The record of a run: a report, its figures as JSON, and one machine-readable line."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ KEPT = {"csv/metrics.csv": "Every logged row", "checkpoints": "Weights"}
 
 
 def environment(trainer: Trainer) -> dict[str, str]:
-    """Return what the figures were measured with: versions, source, device and world."""
+    """Return the conditions of the measurement: versions, commit, device, world size and precision."""
     device = trainer.strategy.root_device
     versions = {name: version(name) for name in ("torch", "torchvision", "lightning", "hydra-core")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
@@ -41,7 +41,7 @@ def count(number: int, what: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of this source, "with changes" where files differ from it, or "none" outside of a clone."""
+    """Return the commit of this source, plus "with changes" if files differ from it, or "none" outside a git clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -54,13 +54,13 @@ def commit() -> str:
 def write_report(
     directory: Path, figures: Mapping[str, object], command: str, environment: Mapping[str, str], config: str
 ) -> Path:
-    """Write `report.md` and `result.json` into the run's directory and return the former's path.
+    """Write `report.md` and `result.json` into the run's directory and return the path of `report.md`.
 
     Args:
         figures: the names and values of the table.
-        command: that repeats the run.
-        environment: names and values of what it was measured with.
-        config: the configuration in YAML.
+        command: the command that repeats the run.
+        environment: names and values of the conditions, see `environment`.
+        config: the configuration as YAML.
     """
     known = {name: None if value != value else value for name, value in figures.items()}  # JSON has no NaN
     (directory / "result.json").write_text(json.dumps({**known, "environment": environment}, indent=2) + "\n")
@@ -88,7 +88,7 @@ def _markdown_table(rows: Mapping[str, object]) -> str:
 
 
 def print_table(figures: Mapping[str, object]) -> None:
-    """Show the figures on the console."""
+    """Print the figures as a table."""
     table = Table(title="result", show_header=False)
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), _text(value))

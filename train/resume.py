@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and the refusal of one that it could not continue exactly."""
+"""Find the checkpoint to resume from, and refuse one that the run could not continue exactly."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from train import distenv
 from train.distenv import Refusal
 from train.norms import Norm
 
-# What decides the course of a run; all else may change when it is resumed.
+# The values that determine the result of a run; all others may change on resume.
 COURSE = (
     *("seed", "model", "norm", "optimizer", "scheduler", "mixing", "label_smoothing"),
     *("callbacks.ema", "callbacks.recalibrate"),
@@ -28,12 +28,12 @@ COURSE = (
 
 
 def find(config: DictConfig) -> Path | None:
-    """Return the checkpoint to continue from, the same on every rank, or None to begin.
+    """Return the checkpoint to resume from, the same on every rank, or None to start a new run.
 
-    After a restart by torchrun that is the one of the run's directory, whatever `resume` says.
+    After a restart by torchrun it is the one in the run directory, regardless of `resume`.
 
     Raises:
-        Refusal: there is a run in the directory that nobody asked to continue, or no file where one was named.
+        Refusal: the directory holds a run and `resume` does not ask for it, or the named file does not exist.
     """
     own = Path(config.run_dir) / "checkpoints" / "last.ckpt"
     named = None if config.resume in (None, "auto") else Path(config.resume)
@@ -55,13 +55,13 @@ def load(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file.
 
     Raises:
-        Refusal: it is not there or damaged, or not one of this trainer.
+        Refusal: the file is missing or damaged, or not a checkpoint of this trainer.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Refusal(f"there is no checkpoint {path}: name one with checkpoint=FILE or resume=FILE") from None
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # a damaged file can raise any exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refusal(f"{path} is damaged or not a checkpoint ({reason}): use another one") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
@@ -72,10 +72,10 @@ def load(path: Path) -> dict[str, Any]:
 def check(
     path: Path, checkpoint: dict[str, Any], config: DictConfig, norm: Norm, network: nn.Module, global_batch: int
 ) -> None:
-    """Raise Refusal, on every rank, where the run would not continue exactly as the one that left the checkpoint."""
+    """Raise Refusal, on every rank, if this run would not exactly continue the run that wrote the checkpoint."""
     snapshot = checkpoint.get("snapshot")
     if snapshot is None:
-        raise Refusal(f"{path} is for evaluation and keeps no state of training: resume from last.ckpt")
+        raise Refusal(f"{path} is for evaluation and has no training state: resume from last.ckpt")
     before, now = flat(checkpoint["config"]), flat(OmegaConf.to_container(config))
     course = [key for key in sorted(before | now) if key.startswith(tuple(f"{name}." for name in COURSE))]
     course += [key for key in COURSE if key in before | now]
@@ -83,25 +83,25 @@ def check(
         if before.get(key) != now.get(key):
             raise Refusal(
                 f"{path} cannot be continued exactly: {key} was {before.get(key)} and is {now.get(key)}; "
-                "give what it was, or begin a new run"
+                "restore the old value, or start a new run"
             )
     epochs_before, epochs = before["trainer.max_epochs"], now["trainer.max_epochs"]
     if 0 <= epochs < epochs_before:
         raise Refusal(
             f"{path} is of a run of {epochs_before} epochs, and trainer.max_epochs may grow but not shrink, got "
-            f"{epochs}: its learning rates would have been others"
+            f"{epochs}: its learning rates would have been different"
         )
     if snapshot["batch_idx"] is None and config.callbacks.get("ema") and epochs != epochs_before:
         raise Refusal(
             f"{path} is of a finished run whose weights have become their average: it cannot train for {epochs} "
-            "epochs, begin a new run"
+            "epochs, start a new run"
         )
     check_weights(path, checkpoint, network)
     _check_world_size(path, snapshot, config, norm, network, global_batch)
 
 
 def check_weights(path: Path, checkpoint: dict[str, Any], network: nn.Module) -> None:
-    """Raise Refusal where the weights in a checkpoint are not those of a network like this one."""
+    """Raise Refusal if the weights in a checkpoint differ from those of the network in name or shape."""
     prefix = "network."
     found = {
         name.removeprefix(prefix): tuple(value.shape)
@@ -125,14 +125,14 @@ def _check_world_size(
         if norm.ranks == "node" and snapshot["local_world_size"] != distenv.local_world_size():
             raise Refusal(
                 f"{path} is of {snapshot['local_world_size']} ranks per node and there are "
-                f"{distenv.local_world_size()}: norm.group=node needs as many as before"
+                f"{distenv.local_world_size()}: norm.group=node needs the same number as before"
             )
         return
     reason = None
     if snapshot["global_batch_size"] != global_batch:
         reason = f"the global batch would change from {snapshot['global_batch_size']} to {global_batch} images"
     elif snapshot["buffers"] is not None or norm.ranks not in (None, "world"):
-        reason = "BatchNorm is not over all ranks, so that its batch would change"
+        reason = "BatchNorm is not over all ranks, so its batch would change"
     elif any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in network.modules()):
         reason = "every rank draws its own dropout masks"
     elif config.mixing is not None:
@@ -142,7 +142,7 @@ def _check_world_size(
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted names."""
+    """Return the leaves of nested mappings by dotted name."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     leaves: dict[str, Any] = {}

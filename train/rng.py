@@ -1,4 +1,4 @@
-"""Random numbers: one seed from several numbers, a generator set for a moment, and the state of all generators."""
+"""Random numbers: one seed from several numbers, a temporary seed, and the state of all generators."""
 
 import random
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Draw torch's random numbers on the CPU from these numbers alone, and leave the caller's sequence as it was."""
+    """Seed torch's CPU generator with these numbers within the block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=()):
-        # `torch.manual_seed` seeds every accelerator too, which takes longer than an augmentation
+        # `torch.manual_seed` also seeds every accelerator, which takes longer than an augmentation
         torch.default_generator.manual_seed(mix(*numbers))
         yield
 
@@ -45,7 +45,7 @@ def get_state() -> dict[str, Any]:
 
 
 def set_state(state: dict[str, Any]) -> None:
-    """Continue the sequences of `get_state`."""
+    """Restore the state that `get_state` returned."""
     name, keys, *rest = state["numpy"]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
-    """Return the configuration that `python -m train` has with these overrides."""
+    """Return the configuration that `python -m train` composes from these overrides."""
     distenv.register_resolvers()
     with initialize_config_module("conf", version_base="1.3"):
         return hydra_compose("train", overrides or [])
@@ -49,10 +49,10 @@ def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
     data: ImageData = instantiate(config.data)
     network = instantiate(config.model, norm_layer=instantiate(config.norm).layer)
     if str(config.trainer.precision).startswith("64"):
-        network.double()  # Lightning does so after it has loaded a checkpoint, whose digits would be lost
+        network.double()  # Lightning converts only after loading a checkpoint, which would round its weights
     if config.compile:
-        torch.compiler.reset()  # code of an earlier job of this process counts for the limit too
-        torch._dynamo.config.recompile_limit = 64  # training, evaluation, and batches of one image or none
+        torch.compiler.reset()  # graphs of an earlier job in this process also count towards the limit
+        torch._dynamo.config.recompile_limit = 64  # for training, evaluation, and batches of one image or none
         network.compile(fullgraph=True)
     images_per_update = data.global_batch_size * config.trainer.accumulate_grad_batches
     model = ImageClassifier(
@@ -68,14 +68,15 @@ def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
 
 
 def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
-    """Return what a configuration describes, untrained; every rank calls it."""
+    """Return the trainer, the untrained model and the data of a configuration; every rank calls it."""
     settings.check(config)
     settings.check_devices(config)
     model, data = build_model(config)
     data.check_batch_size()
     sync = instantiate(config.norm).sync
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
-    callbacks.sort(key=lambda callback: isinstance(callback, Throughput))  # last: what others do is not its wait
+    # `Throughput` last: it does not count the time of other callbacks as waiting
+    callbacks.sort(key=lambda callback: isinstance(callback, Throughput))
     keeps_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer: Trainer = instantiate(
         config.trainer,
@@ -84,18 +85,18 @@ def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
         plugins=[AtomicFiles(), *([sync] if sync else [])],
     )
-    # Lightning asks rank 0 before every step whether to stop and waits for the answer; `Snapshots` needs no wait
+    # Lightning broadcasts rank 0's SIGTERM flag before every step, and waits for it; `Snapshots` does not need to wait
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
     return trainer, model, data
 
 
 def fit(config: DictConfig) -> dict[str, float]:
-    """Train, test and report; every rank calls it and gets the same figures.
+    """Train, test and report; every rank calls it and gets the same metrics.
 
-    The test uses the weights of the last step; `test_checkpoint=best` those of the best validation accuracy.
+    The test uses the weights of the last step, or with `test_checkpoint=best` those of the best validation accuracy.
 
     Returns:
-        the last epoch's figures, and `test_loss`, `test_accuracy`, `test_correct` and `test_total`.
+        the last epoch's metrics, and `test_loss`, `test_accuracy`, `test_correct` and `test_total`.
     """
     quiet()
     directory = Path(config.run_dir)
@@ -146,16 +147,16 @@ def fit(config: DictConfig) -> dict[str, float]:
 
 
 def refusal_in(error: BaseException) -> str | None:
-    """Return the sentence for the user where an error, or what caused it, is about the configuration.
+    """Return a sentence for the user if an error, or one of its causes, needs no traceback; otherwise None.
 
-    With HYDRA_FULL_ERROR=1 nothing counts as such, so that the traceback is shown.
+    With HYDRA_FULL_ERROR=1 every error shows its traceback.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return None
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Refusal):
-            return str(cause).split("Refusal: ")[-1].strip()  # a process that loads images adds its traceback
+            return str(cause).split("Refusal: ")[-1].strip()  # a DataLoader worker prepends its traceback
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = f"{error.filename} " if error.filename else "a file of the run "
@@ -163,29 +164,29 @@ def refusal_in(error: BaseException) -> str | None:
     if "more than 1 value per channel" in str(error):
         return f"{' '.join(str(error).split())}; if an epoch's last batch is too small, change data.global_batch_size"
     if distenv.world_size() > 1 and any(sign in str(error) for sign in PEER_IS_GONE):
-        return "another rank has ended, and this one cannot go on without it: its error says why"
+        return "another rank has ended, and this one cannot continue without it: see the error of that rank"
     if isinstance(error, InstantiationException | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None
 
 
 def quiet() -> None:
-    """Leave out what Lightning says to those who have chosen otherwise on purpose.
+    """Silence warnings about deliberate choices.
 
-    The figures need no `sync_dist`: they are sums over all ranks already, and its means are wrong for uneven ranks.
+    The metrics need no `sync_dist`: they are already summed over all ranks, and its means are wrong for uneven ranks.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         *(".*does not have many workers.*", ".*sync_dist=True.*", ".*LeafSpec.*", ".*logging interval.*"),
-        *(".*dataloader is not resumable.*", ".*exists and is not empty.*"),  # `Snapshots` resumes it, in its directory
+        *(".*dataloader is not resumable.*", ".*exists and is not empty.*"),  # `Snapshots` handles both
         *(".*weights.only.*", ".*checkpoint was not created with WeightAveraging.*"),
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def _say(line: str) -> None:
-    """Print a line and keep it in the log."""
+    """Print a line and log it."""
     print(line, flush=True)
     log.info(line)
 
@@ -195,7 +196,7 @@ def _nothing() -> None:
 
 
 def _last_epoch(trainer: Trainer) -> dict[str, float]:
-    """Return the figures of the last epoch, which may have been trained before a resume."""
+    """Return the metrics of the last epoch, which may have been trained before a resume."""
     history = [callback.epochs[-1] for callback in _callbacks(trainer, History) if callback.epochs]
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return dict(history[0]) | figures if history else figures
@@ -207,7 +208,7 @@ def _callbacks(trainer: Trainer, kind: type) -> list[Any]:
 
 
 def _best_checkpoint(trainer: Trainer) -> Path:
-    """Return the file with the weights of the best validation."""
+    """Return the checkpoint with the best validation accuracy."""
     best = [callback.best_model_path for callback in _callbacks(trainer, ModelCheckpoint) if callback.monitor]
     if not any(best):
         raise Refusal("test_checkpoint=best needs a validated checkpoint: use callbacks=default and validate an epoch")
@@ -215,7 +216,7 @@ def _best_checkpoint(trainer: Trainer) -> Path:
 
 
 def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
-    """Return what runs where, in one line."""
+    """Return one line with the run directory, the ranks and their device, and the batch size."""
     ranks = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
     per_rank = data.global_batch_size / trainer.world_size
     return f"{config.run_dir}: {ranks}, global batch {data.global_batch_size} = {trainer.world_size} x {per_rank:g}"

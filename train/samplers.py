@@ -1,7 +1,7 @@
-"""The order of the images: cut into global batches first, and every global batch dealt out to the ranks.
+"""The order of the images: split into global batches first, then each global batch over the ranks.
 
 The global batches are the same for every number of ranks. Every rank sees the same number of batches, and nothing is
-padded, dropped or repeated: where a global batch has fewer images than there are ranks, some get an empty batch.
+padded, dropped or repeated: if a global batch has fewer images than there are ranks, some ranks get an empty batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,15 +17,15 @@ from train.rng import mix, seeded
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yields this rank's part of every global batch, as (index, epoch) pairs; their number may be 0.
+    """Yields this rank's part of every global batch, a list of (index, epoch) pairs that may be empty.
 
-    The epoch travels with the index so that a data set can draw its augmentation from it in any worker process.
+    The index comes with the epoch so that a data set can seed its augmentation with both, in any worker process.
 
     Args:
         num_samples: size of the data set.
-        global_batch_size: samples that all ranks together take in one step.
-        shuffle: a new order for each epoch, the same on every rank; otherwise the data set's own.
-        seed: of the order.
+        global_batch_size: samples per step over all ranks.
+        shuffle: whether each epoch has a new order, the same on every rank; otherwise it is that of the data set.
+        seed: seed of the order.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def sampler(self) -> "GlobalBatchSampler":
-        """Itself: Lightning looks for `set_epoch` on the sampler of a batch sampler."""
+        """The object itself: Lightning looks for `set_epoch` on the sampler of a batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; the next iteration has it."""
+        """Set the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
     def resume_at(self, epoch: int, batch_idx: int) -> None:
-        """Begin with a batch in the middle of an epoch; the epochs after it are whole."""
+        """Start at a batch within an epoch; later epochs start at their first batch."""
         self.epoch = epoch
         self._resume_at = (epoch, batch_idx)
 
@@ -64,11 +64,11 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         return torch.randperm(self.num_samples, generator=generator)
 
     def global_size(self, batch_idx: int) -> int:
-        """Return how many samples all ranks together have in a batch."""
+        """Return the number of samples in a global batch."""
         return min(self.global_batch_size, self.num_samples - batch_idx * self.global_batch_size)
 
     def local_samples(self) -> int:
-        """Return how many samples this rank has in a whole epoch."""
+        """Return the number of samples of this rank in a whole epoch."""
         sizes = (self.global_size(batch_idx) for batch_idx in range(len(self)))
         return sum(len(range(self.rank, size, self.world_size)) for size in sizes)
 
@@ -83,15 +83,16 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class PreparedImages(Dataset):
-    """A data set as image tensors, with an augmentation drawn from (seed, epoch, index) alone.
+    """A data set of image tensors whose augmentation depends on (seed, epoch, index) alone.
 
-    So an image is augmented alike for every number of ranks and workers, and after a resume. It is indexed by
-    `GlobalBatchSampler`'s (index, epoch) pairs. Transforms have to draw from torch's generator, as torchvision's do.
+    The augmentation of an image is therefore the same for every number of ranks and workers, and after a resume. The
+    data set is indexed with the (index, epoch) pairs of `GlobalBatchSampler`. Transforms must draw from torch's
+    generator, as torchvision's do.
 
     Args:
-        dataset: yields (image, label), the image as PIL's or a tensor (C, H, W).
-        transforms: of torchvision, applied in turn.
-        seed: of the augmentation.
+        dataset: yields (image, label); the image is a PIL image or a tensor (C, H, W).
+        transforms: torchvision transforms, applied in this order.
+        seed: seed of the augmentation.
     """
 
     def __init__(self, dataset: Dataset, transforms: Sequence[nn.Module] = (), seed: int = 0) -> None:
@@ -113,7 +114,7 @@ class PreparedImages(Dataset):
         return image, int(label)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> "list[tuple[Tensor, int]] | Stacked":
-        """Return several samples; those of a tensor data set that needs no transform in one piece."""
+        """Return several samples; those of a TensorDataset without transforms are indexed at once."""
         if isinstance(self.dataset, TensorDataset) and not self.transforms:
             images, labels = self.dataset[[index for index, _ in keys]]
             return Stacked(images, labels)
@@ -124,18 +125,18 @@ class PreparedImages(Dataset):
 
 
 class Stacked(NamedTuple):
-    """Samples that are a batch already: images (N, C, H, W) and labels (N,)."""
+    """Samples that are already a batch: images (N, C, H, W) and labels (N,)."""
 
     images: Tensor
     labels: Tensor
 
 
 class Collate:
-    """Stacks and normalizes samples to images (N, C, H, W) and labels (N,), also when there are none.
+    """Stacks and normalizes samples to images (N, C, H, W) and labels (N,); N may be 0.
 
     Args:
-        image_shape: (C, H, W), which an empty batch has too.
-        mean, std: of each channel, for values from 0 to 1.
+        image_shape: (C, H, W), the shape of an empty batch's images.
+        mean, std: per channel, for values from 0 to 1.
     """
 
     def __init__(self, image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:

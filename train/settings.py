@@ -1,4 +1,4 @@
-"""Values of the configuration that nothing could be built with, refused before anything is."""
+"""Invalid values of the configuration are refused before anything is built."""
 
 from collections.abc import Callable
 from numbers import Real
@@ -11,7 +11,7 @@ from train.distenv import Refusal
 
 
 def check(config: DictConfig) -> None:
-    """Raise Refusal, on every rank, for the first value that cannot be."""
+    """Raise Refusal, on every rank, for the first invalid value."""
     for key, (holds, must_be) in RULES.items():
         value = OmegaConf.select(config, key)
         if value is not None and not holds(value):
@@ -19,9 +19,9 @@ def check(config: DictConfig) -> None:
 
 
 def check_devices(config: DictConfig) -> None:
-    """Raise Refusal, on every rank, where the device that was asked for is not there."""
+    """Raise Refusal, on every rank, if the requested device is not available."""
     if config.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise Refusal("trainer.accelerator is gpu and torch finds none here: use trainer=cpu or trainer=auto")
+        raise Refusal("trainer.accelerator is gpu, but torch finds no GPU: use trainer=cpu or trainer=auto")
 
 
 def _whole(at_least: int) -> Callable[[Any], bool]:
@@ -56,6 +56,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.accumulate_grad_batches": (_whole(1), "a whole number of at least 1"),
     "trainer.precision": (
         lambda value: str(value) not in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"),
-        "32-true, bf16-mixed, 16-mixed or 64-true, as evaluation is in the precision of the weights",
+        "32-true, bf16-mixed, 16-mixed or 64-true, as evaluation uses the precision of the weights",
     ),
 }

@@ -1,7 +1,7 @@
-"""Checkpoints that a run continues from exactly, wherever it was killed, and the end of a run that was told to stop.
+"""Checkpoints from which a run continues exactly, wherever it was killed, and the end of a run that is asked to stop.
 
-A snapshot is taken just before a training batch or when training is over: then all that the batches before it have
-logged is in the loggers, which is not so at the end of a batch or an epoch.
+A snapshot is taken just before a training batch or when training is over. Only then have the loggers received all
+metrics of the earlier batches; at the end of a batch or an epoch they have not.
 """
 
 import hashlib
@@ -20,19 +20,25 @@ from train import distenv, rng
 from train.distenv import Refusal
 from train.stop import Stopped, StopSignals
 
-STEPS_BEHIND = 2  # on an accelerator a step's sums are read when these many more have been queued, without a wait
+STEPS_BEHIND = 2  # on an accelerator, a step's sums are read when this many more steps are queued, to avoid a wait
 
 
 class Snapshots(Checkpoint):
-    """Keeps `last.ckpt`: loops, sampler position, optimizer, schedule, generators, averages and loggers of every rank.
+    """Keeps `last.ckpt`: loops, sampler position, optimizer, LR scheduler, generators, averages and logger positions.
 
-    It is written at the start of every epoch, every `every_n_steps` optimizer steps, before the last batch of an epoch
-    (so that a stop while validating loses one step), when training is over, and on SIGTERM or SIGINT, which every rank
-    then follows after the same step. A loss that is not finite ends the run on every rank with the step and the last
-    good snapshot; one with a parameter that is not finite is never written.
+    It is written:
+
+    - at the start of every epoch,
+    - every `every_n_steps` optimizer steps,
+    - before the last batch of an epoch, so that a stop during validation loses one step,
+    - when training is over,
+    - on SIGTERM or SIGINT, where all ranks stop after the same step.
+
+    A loss that is not finite ends the run on every rank; the error names the step and the last good snapshot. A
+    snapshot with a parameter that is not finite is never written.
 
     Args:
-        directory: of the file.
+        directory: directory of the file.
         every_n_steps: optimizer steps between two snapshots.
     """
 
@@ -41,22 +47,22 @@ class Snapshots(Checkpoint):
         self.every_n_steps = every_n_steps
         self._signals = StopSignals()
         self._sums: deque[tuple[int, Tensor, Any]] = deque()
-        self._stop = False  # all ranks know that one of them was told to
+        self._stop = False  # True on all ranks once one was asked to stop
         self._resumed: dict[str, Any] | None = None
         self._saving: dict[str, Any] | None = None
         self._saved_step: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over."""
+        """Install the signal handlers."""
         self._signals.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Continue from a snapshot, or take one where it is due."""
+        """Restore a snapshot, or take one if due."""
         if self._resumed is not None:
             self._restore(trainer, pl_module)
             return
         if trainer.fast_dev_run or batch_idx % trainer.accumulate_grad_batches:  # type: ignore[attr-defined]
-            return  # the gradients that have accumulated are in no checkpoint
+            return  # a checkpoint does not contain accumulated gradients
         if self._stop:
             self._save(trainer, pl_module, batch_idx)
             self._leave(trainer)
@@ -66,13 +72,13 @@ class Snapshots(Checkpoint):
             self._save(trainer, pl_module, batch_idx)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Pass a signal on to the other ranks with the next step, and look at what the last steps have given."""
+        """Pass a signal on to the other ranks with the next step, and check the sums of the last steps."""
         pl_module.stop_requested = self._signals.received is not None
         self._sums.append((trainer.global_step, *_to_host(pl_module.step_sums)))
         self._look(0 if pl_module.device.type == "cpu" else STEPS_BEHIND)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Leave a validation at once: the snapshot before the last batch is there."""
+        """Stop a validation at once: the snapshot from before the epoch's last batch exists."""
         if self._signals.received is not None:
             self._leave(trainer)
 
@@ -84,23 +90,23 @@ class Snapshots(Checkpoint):
             self._leave(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._signals.remove()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         self._signals.remove()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not keep; every rank takes part."""
+        """Add the state that Lightning does not save; every rank calls it."""
         if self._saving is None:
-            return  # the best checkpoint is for evaluation
+            return  # the best checkpoint is for evaluation only
         checkpoint["snapshot"] = self._saving
         if self._saving["batch_idx"] is not None:
             _take_back_the_batch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell the data module where to begin; the rest waits for the first batch."""
+        """Set where the data module starts; the rest is restored at the first batch."""
         self._resumed = checkpoint["snapshot"]
         self._saved_step = checkpoint["global_step"]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -139,10 +145,10 @@ class Snapshots(Checkpoint):
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._resumed is not None
         resumed, self._resumed = self._resumed, None
-        # Lightning counts a step too many when it restarts at the first batch of an epoch
+        # Lightning counts one step too many when it restarts at the first batch of an epoch
         trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["batches_that_stepped"]
         if resumed["world_size"] != trainer.world_size:
-            return  # refused before where it would matter
+            return  # already refused where it would change the result
         if resumed["buffers"] is not None:
             for buffer, value in zip(
                 _buffers(trainer, pl_module), resumed["buffers"][trainer.global_rank], strict=True
@@ -151,7 +157,7 @@ class Snapshots(Checkpoint):
         rng.set_state(resumed["rng"][trainer.global_rank])
 
     def _look(self, behind: int) -> None:
-        """Look at the sums of all steps but the last `behind`: equal on all ranks, so all of them decide alike."""
+        """Check the sums of all steps except the last `behind`; they are equal on all ranks, so all decide alike."""
         while len(self._sums) > behind:
             step, sums, ready = self._sums.popleft()
             if ready is not None:
@@ -172,7 +178,7 @@ class Snapshots(Checkpoint):
 
 
 def _take_back_the_batch(fit_loop: dict[str, Any]) -> None:
-    """Make the loops' progress that of the moment between two batches: Lightning has counted the one to come."""
+    """Set the loops' progress back to between two batches: Lightning has already counted the next batch."""
     progress = fit_loop["epoch_loop.batch_progress"]
     progress["is_last_batch"] = False
     for count in (progress["current"], progress["total"]):
@@ -180,7 +186,7 @@ def _take_back_the_batch(fit_loop: dict[str, Any]) -> None:
 
 
 def _to_host(tensor: Tensor) -> tuple[Tensor, Any]:
-    """Return a copy on the host, and the event after which it may be read; None for at once."""
+    """Return a copy on the host, and the event after which it may be read; None if it may be read at once."""
     if tensor.device.type == "cpu":
         return tensor, None
     copy = tensor.to("cpu", non_blocking=True)
@@ -197,13 +203,13 @@ def _gather(value: Any, trainer: Trainer) -> list[Any]:
 
 
 def _buffers(trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
-    """Return the buffers of the model and of its average."""
+    """Return the buffers of the model and of its averaged copies."""
     averages = [callback.average for callback in trainer.callbacks if hasattr(callback, "average")]  # type: ignore[attr-defined]
     return [buffer for module in [pl_module, *averages] for buffer in module.buffers()]
 
 
 def _differing_buffers(trainer: Trainer, pl_module: LightningModule) -> list[list[Tensor]] | None:
-    """Return every rank's buffers, or None where all ranks have the same."""
+    """Return every rank's buffers, or None if they are equal on all ranks."""
     buffers = [buffer.cpu() for buffer in _buffers(trainer, pl_module)]
     digest = hashlib.sha256(
         b"".join(buffer.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for buffer in buffers)

@@ -1,4 +1,4 @@
-"""Callbacks about batch statistics: merged or measured before a validation, averaged weights, checks, histograms."""
+"""Callbacks for batch statistics: merging, recalibration, averaged weights, replica checks, histograms."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ from train.distenv import Refusal
 
 
 class EqualBuffers(Callback):
-    """Gives every rank the same buffers before a validation and at the end, so that all ranks evaluate what is saved.
+    """Makes buffers equal on all ranks before a validation and at the end, so that all ranks evaluate the saved model.
 
-    Running statistics that are not over all ranks become those of the ranks together, each weighted by its share of the
-    images: the pooled variance, which an average of the ranks' variances is not. Synchronized ones are equal already.
+    Running statistics that are not over all ranks are pooled, each rank weighted by its share of the images. The pooled
+    variance is not the average of the ranks' variances. Synchronized statistics are equal already.
     """
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge, in the same order on every rank."""
+        """Merge the buffers, in the same order on every rank."""
         equalize(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge what has been trained since the last validation."""
+        """Merge the buffers, which may have changed since the last validation."""
         equalize(trainer, pl_module)
 
 
 def equalize(trainer: Trainer, module: nn.Module) -> None:
-    """Merge the running statistics of the ranks, and give all of them rank 0's other buffers."""
+    """Merge the running statistics of the ranks, and broadcast the other buffers from rank 0."""
     if trainer.world_size == 1:
         return
     if not _is_over_all_ranks(module):
@@ -42,7 +42,7 @@ def equalize(trainer: Trainer, module: nn.Module) -> None:
 
 
 class Recalibrate(Callback):
-    """Sets running statistics to those of the population before every validation, measured over training batches.
+    """Sets running statistics to population statistics, measured over training batches, before every validation.
 
     Args:
         num_batches: global batches of the train set, the same ones each time.
@@ -54,12 +54,12 @@ class Recalibrate(Callback):
         self.num_batches = num_batches
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure; every rank takes part with its images."""
+        """Measure over the images of all ranks."""
         recalibrate(trainer, pl_module, self.num_batches)
 
 
 def recalibrate(trainer: Trainer, pl_module: LightningModule, num_batches: int) -> None:
-    """Measure the population statistics of the model's inputs over `num_batches` global batches of the train set."""
+    """Measure the population statistics of every BatchNorm over `num_batches` global batches of the train set."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     dtype = next(pl_module.parameters()).dtype
     batches = (images.to(pl_module.device, dtype) for images in data.recalibration_batches(num_batches))
@@ -68,15 +68,15 @@ def recalibrate(trainer: Trainer, pl_module: LightningModule, num_batches: int) 
 
 
 class AveragedWeights(EMAWeightAveraging):
-    """Lightning's exponential moving average of the weights, validated and kept with statistics of its own.
+    """Lightning's exponential moving average of the weights, validated and saved with separate running statistics.
 
-    The running statistics of the weights in training are not those of their average. They are measured again before
-    every validation, and at the end.
+    The running statistics of the trained weights are not those of the averaged weights, which are measured before every
+    validation and at the end.
 
     Args:
-        decay: weight of the average so far; after n updates at most (1 + n) / (10 + n), or the first weights would
-            stay in the average of a short run.
-        recalibrate_batches: global batches to measure over; 0 keeps the statistics of the weights in training.
+        decay: weight of the average so far; at most (1 + n) / (10 + n) after n updates, otherwise the initial weights
+            would remain in the average of a short run.
+        recalibrate_batches: global batches to measure over; 0 keeps the statistics of the trained weights.
         every_n_steps: optimizer steps between two updates.
     """
 
@@ -88,7 +88,7 @@ class AveragedWeights(EMAWeightAveraging):
         self._updates: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the average, whose updates wait for no device: torch's look at a counter there."""
+        """Create the average; its updates do not wait for the device, where torch's would read a counter."""
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.update_parameters = self._update  # type: ignore[method-assign]
@@ -96,7 +96,7 @@ class AveragedWeights(EMAWeightAveraging):
     def _update(self, model: nn.Module) -> None:
         assert self._average_model is not None
         ours, theirs = ([p.detach() for p in m.parameters()] for m in (self._average_model.module, model))
-        if self._updates is None:  # a resumed run has had some
+        if self._updates is None:  # not 0 in a resumed run
             self._updates = int(self._average_model.n_averaged)
         if self._updates:
             torch._foreach_lerp_(ours, theirs, 1 - min(self.decay, (1 + self._updates) / (10 + self._updates)))
@@ -107,18 +107,18 @@ class AveragedWeights(EMAWeightAveraging):
 
     @property
     def average(self) -> nn.Module:
-        """The average, while fitting."""
+        """The averaged model, during fit."""
         assert self._average_model is not None
         return self._average_model.module
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place of the weights, and measure its statistics."""
+        """Swap in the averaged weights, and measure their statistics."""
         super().on_validation_epoch_start(trainer, pl_module)
         if self._average_model is not None:
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the average the model, and measure its statistics unless a validation just has."""
+        """Copy the average to the model, and measure its statistics unless a validation just did."""
         super().on_train_end(trainer, pl_module)
         if self._measured_at != trainer.global_step:
             self._measure(trainer, pl_module)
@@ -134,12 +134,12 @@ class AveragedWeights(EMAWeightAveraging):
 
 
 class ReplicaCheck(Callback):
-    """Ends the run, on every rank, when parameters or buffers that should be equal on all ranks are not.
+    """Ends the run on every rank if parameters or buffers that should be equal on all ranks differ.
 
-    Buffers count where all BatchNorm layers are synchronized over all ranks.
+    Buffers are compared only if all BatchNorm layers are synchronized over all ranks.
 
     Args:
-        every_n_steps: between two checks, each of which reads the whole model.
+        every_n_steps: steps between two checks, each of which reads the whole model.
     """
 
     def __init__(self, every_n_steps: int = 500) -> None:
@@ -148,22 +148,22 @@ class ReplicaCheck(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare, where it is due."""
+        """Compare the replicas, if due."""
         if trainer.world_size == 1 or trainer.global_step % self.every_n_steps:
             return
         try:
             syncbn.assert_replicas_equal(pl_module if _is_over_all_ranks(pl_module) else _ParametersOf(pl_module))
         except AssertionError as error:
             raise Refusal(
-                f"the ranks' models differ after step {trainer.global_step}, and train no common one: {error}"
+                f"the ranks' models differ after step {trainer.global_step} and are no longer replicas: {error}"
             ) from error
 
 
 class Histograms(Callback):
-    """Writes histograms of every normalization's output and running statistics to TensorBoard once in some epochs.
+    """Writes histograms of every normalization layer's output and running statistics to TensorBoard.
 
     Args:
-        every_n_epochs: between two histograms, taken with an epoch's first batch on rank 0.
+        every_n_epochs: epochs between two histograms, which show the first batch of the epoch on rank 0.
     """
 
     def __init__(self, every_n_epochs: int = 1) -> None:
@@ -172,10 +172,10 @@ class Histograms(Callback):
         self._outputs: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the normalizations for one batch."""
+        """Register forward hooks on the normalization layers for one batch."""
         if batch_idx or trainer.current_epoch % self.every_n_epochs:
             return
-        torch.compiler.set_stance("force_eager")  # compiled code does not call new hooks; on all ranks alike
+        torch.compiler.set_stance("force_eager")  # compiled code does not call new hooks; set on all ranks
         if not trainer.is_global_zero:
             return
         network: nn.Module = pl_module.network  # type: ignore[assignment]
@@ -190,7 +190,7 @@ class Histograms(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write what was heard."""
+        """Remove the hooks and write the histograms."""
         if not batch_idx and not trainer.current_epoch % self.every_n_epochs:
             torch.compiler.set_stance("default")
         for handle in self._handles:
@@ -212,7 +212,7 @@ class Histograms(Callback):
 
 
 class _ParametersOf(nn.Module):
-    """A model without its buffers, which differ by rank where statistics are not over all ranks."""
+    """A model without its buffers, which differ between ranks if statistics are not over all ranks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class _ParametersOf(nn.Module):
 
 
 def _is_over_all_ranks(model: nn.Module) -> bool:
-    """Whether every BatchNorm of a model shares its statistics over all ranks."""
+    """Return whether every BatchNorm of a model shares its statistics over all ranks."""
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     synchronized = (syncbn.SyncBatchNorm, nn.SyncBatchNorm)
     return all(isinstance(layer, synchronized) and _spans_the_world(layer.process_group) for layer in layers)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted at once, acted upon by all ranks between two steps, and waited for no longer than 8 s."""
+"""SIGTERM and SIGINT: recorded at once, handled by all ranks between two steps, at the latest after 8 s."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-DEADLINE_S = 8  # then the process ends as it is: a peer may be gone, and a collective would wait for it
+DEADLINE_S = 8  # then the process exits without saving: a collective may be waiting for a rank that has ended
 
 
 class Stopped(SystemExit):
-    """The run was told to stop; its exit code is the one that shells give a signal."""
+    """The run was asked to stop; the exit code is 128 + the signal number, as in shells."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
@@ -21,16 +21,16 @@ class Stopped(SystemExit):
 
 
 def ignore_signals(worker_id: int) -> None:
-    """Let a process that loads images live until its rank ends it: the signals go to all processes of a run."""
+    """Ignore the signals in a DataLoader worker, which ends with its rank: they go to all processes of a run."""
     for signum in StopSignals.watched:
         signal.signal(signum, signal.SIG_IGN)
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT between `install` and `remove`.
+    """Records SIGTERM and SIGINT between `install` and `remove`.
 
-    Python runs a handler between two of its own instructions, so not while the main thread waits in a collective. The
-    signal's number also goes through a pipe to a thread, which ends the process when the deadline has passed.
+    Python runs signal handlers between bytecode instructions, so not while the main thread waits in a collective. The
+    signal number is therefore also sent through a pipe to a thread, which ends the process after the deadline.
     """
 
     watched = (signal.SIGTERM, signal.SIGINT)
@@ -42,7 +42,7 @@ class StopSignals:
         self._over = threading.Event()
 
     def install(self) -> None:
-        """Take the signals over; in a thread other than the main one signals cannot be, and nothing happens."""
+        """Install the handlers; outside the main thread, where Python does not allow this, do nothing."""
         if self._pipe is not None or threading.current_thread() is not threading.main_thread():
             return
         self._before = {signum: signal.signal(signum, self._note) for signum in self.watched}
@@ -53,14 +53,14 @@ class StopSignals:
         threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
 
     def remove(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the previous handlers."""
         if self._pipe is None:
             return
         self._over.set()
         signal.set_wakeup_fd(-1)
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        os.close(self._pipe[1])  # its reader ends
+        os.close(self._pipe[1])  # ends the reading thread
         self._pipe = None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -74,24 +74,24 @@ class StopSignals:
 
 
 class StopsTests(Callback):
-    """Ends a test on SIGTERM or SIGINT after the batch, with the signal's exit code; Lightning's would be 0."""
+    """Ends a test on SIGTERM or SIGINT after the current batch, with the signal's exit code; Lightning's would be 0."""
 
     def __init__(self) -> None:
         self._signals = StopSignals()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over from Lightning."""
+        """Replace Lightning's signal handlers."""
         self._signals.install()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Leave."""
+        """Raise `Stopped` if a signal was received."""
         if self._signals.received is not None:
             raise Stopped(self._signals.received)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         self._signals.remove()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         self._signals.remove()

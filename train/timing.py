@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: waiting for data, computing, and collectives between the ranks."""
+"""The shares of a training step's time: waiting for data, computing, and collectives between the ranks."""
 
 import time
 from typing import Any
@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 class TimeShares(Callback):
     """Profiles a few steps on rank 0, once, and reports the shares of their time.
 
-    `collective_share` is the time in which a collective was under way, also where computing went on beside it, and
-    `compute_share` what is left after it and after `data_wait_share`. `Throughput` leaves these steps out, and the
-    others cost nothing.
+    `collective_share` is the time in which a collective was running, including any overlap with computation.
+    `compute_share` is the remainder after `collective_share` and `data_wait_share`. `Throughput` excludes the profiled
+    steps; the other steps have no overhead.
 
     Args:
-        skip_steps: at the start of the process.
-        num_steps: that are profiled.
+        skip_steps: steps to skip at the start of the process.
+        num_steps: steps to profile.
     """
 
     def __init__(self, skip_steps: int = 8, num_steps: int = 5) -> None:
@@ -25,19 +25,19 @@ class TimeShares(Callback):
         self.num_steps = num_steps
         self.shares: dict[str, float] = {}
         self._steps = 0
-        self.is_profiling = False  # `Throughput` leaves these steps out
+        self.is_profiling = False  # `Throughput` excludes these steps
         self._profiler: Any = None
         self._start = self._batch_end = self._waited = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin, or note how long the batch took to come."""
+        """Add the time since the previous batch ended to the data wait."""
         if self._profiler is not None:
             self._waited += time.perf_counter() - self._batch_end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Start behind the steps to skip, and end after those to profile."""
+        """Start the profiler after `skip_steps`, and stop it after `num_steps` more."""
         self._steps += 1
         self.is_profiling = self.skip_steps <= self._steps <= self.skip_steps + self.num_steps
         if self._steps == self.skip_steps and trainer.is_global_zero:
@@ -61,18 +61,18 @@ class TimeShares(Callback):
         self._batch_end = time.perf_counter()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the profiler."""
+        """Stop the profiler."""
         self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the profiler where the run was shorter."""
+        """Stop the profiler if the run was too short."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
 
 
 def _collective_seconds(events: Any) -> float:
-    """Return for how long at least one collective was under way."""
+    """Return the seconds in which at least one collective was running."""
     names = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.name.startswith(names))
     total, until = 0.0, float("-inf")
