@@ -12,10 +12,10 @@ Each case is first checked against the NumPy oracle. Then all candidates alterna
 the run; on a shared machine, times of different runs are not comparable. Each rank has one thread. Rows are appended to
 benchmarks/layer_cpu.csv, ops_cpu.csv and world_cpu.csv; tables in docs/performance.md.
 
-Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781), mean over shapes, in times of local BatchNorm2d + ReLU: one
-process 1.3 (contiguous 1.0, channels last 1.7), compiled 0.6 (0.5 and 0.8); 2 ranks 1.9 and 1.1, where a layer that
-gathers takes 2.5, a mean of squares 3.4. In collectives: 27 to 37 % of it on 2 ranks, 62 to 81 % on 8, which share 2
-cores.
+Last answer (AMD EPYC, 2 cores, torch 2.14.1, 00fc624), in times of local BatchNorm2d + ReLU: one process 0.9 to 1.1 for
+contiguous activations and 2.0 to 2.3 for channels last, torch.compile(layer) 0.5 and 1.4 to 1.6; 2 ranks 1.4 to 2.0 and
+2.7 to 4.0, where a layer that gathers takes 1.8 to 2.0 and 3.1 to 3.9. Collectives take 23 to 29 % of it on 2 ranks, 75
+to 77 % on 8, which share 2 cores.
 """
 
 import argparse

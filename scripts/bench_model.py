@@ -8,9 +8,9 @@ differ only in their normalization. First the logits and input gradients of each
 plain BatchNorm on the batch of all ranks. Then all alternate, and medians are compared within the run. Rows are
 appended to benchmarks/model_DEVICE.csv; tables in docs/performance.md.
 
-Last answer (AMD EPYC, 2 cores, torch 2.14.1, f434781 and five runs before it): 1.0 to 1.2 times local BatchNorm in
-one process, 1.3 to 1.6 on 2 ranks, for ResNet-18 and 50; the other formulations do not differ from that by more than
-the runs do. cuda: not yet measured.
+Last answer (AMD EPYC, 2 cores, torch 2.14.1, 00fc624 and three more runs): 1.1 times as long as local BatchNorm in one
+process, 1.2 to 1.6 on 2 ranks, for ResNet-18 and 50. Gathering takes 1.0 to 1.1 and 1.1 to 1.5; ratios on 2 ranks move
+by 0.1 to 0.2 between runs. cuda: not yet measured.
 """
 
 from collections.abc import Callable

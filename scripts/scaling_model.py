@@ -25,8 +25,8 @@ all-reduces measured in our layers on more ranks. These ranks share the cores, w
 appended to benchmarks/scaling.csv and scaling_gloo.csv; tables in docs/performance.md.
 
 Last answer (predicted): 11 % of a step within a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % on 64,
-38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, f434781): on
-3 to 8 gloo ranks, measured all-reduces take 0.76 to 1.62 times as long as predicted, 0.42 to 1.82 in earlier runs.
+38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, 00fc624): on
+3 to 8 gloo ranks, measured all-reduces take 1.20 to 2.10 times as long as predicted, 0.42 to 1.82 in earlier runs.
 """
 
 import math
