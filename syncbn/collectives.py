@@ -64,6 +64,7 @@ class release_peers:
         self.layer = layer
         self.are_waiting = self.ranks > 1
         self.outer: release_peers | None = None
+        self.is_open = False
         self.record: checks.Record | None = None
 
     def __enter__(self) -> "release_peers":
@@ -73,12 +74,14 @@ class release_peers:
         same = (block for block in blocks if self.layer is not None and block.layer is self.layer and block.are_waiting)
         self.outer = next(same, None)
         blocks.append(self)
+        self.is_open = True
         return self if self.outer is None else self.outer
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self.ranks == 1 or torch.compiler.is_compiling():
+        if not self.is_open:
             return
-        _open_blocks().pop()
+        _open_blocks().remove(self)
+        self.is_open = False
         if self.outer is not None or not self.are_waiting or not isinstance(error, Exception):
             return
         if isinstance(error, checks.DesyncError):  # every rank raises it

@@ -181,7 +181,7 @@ class _SyncedFunctional(TorchFunctionMode):
             weight,
             bias,
             Epilogue(),
-            num_features=self.peers.num_features,
+            num_features=next((len(t) for t in (weight, running_mean, bias) if t is not None), None),
             eps=eps,
             running=Running(running_mean, running_var, None, momentum) if has_both else None,  # type: ignore[arg-type]
         )
@@ -227,7 +227,9 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle cannot import a class made here
         return _rebuild, (plain_class,), self.__getstate__()
 
-    members: dict[str, Any] = {"__reduce_ex__": reduce, "forward": forward}
+    members: dict[str, Any] = {"__reduce_ex__": reduce}
+    if _own_forwards(plain_class):  # others inherit that of SyncBatchNorm
+        members["forward"] = forward
     return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), members)
 
 

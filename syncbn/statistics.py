@@ -104,12 +104,12 @@ def gather_stats(
 
 
 def rounding_of_variance(ranks: int) -> float:
-    """Return the error of `sum(x^2) / n - mean^2`, relative to mean^2, that float64 sums over ranks may have.
+    """Return the largest error of `sum(x^2) / n - mean^2`, relative to mean^2, of float64 sums over ranks.
 
-    One rank has up to 1 unit of 2^-52, 8 ranks 2; beyond, a sequential sum adds 1/8 for each rank (found by summing
-    2,000 random constants over 1 to 4,096 ranks with equal and random counts). Twice that, and a margin.
+    A sum over W ranks, one after the other, errs by up to W units of 2^-53. It enters once in the sum of squares and
+    twice in mean^2; products and divisions add a few units.
     """
-    return (4 + ranks / 4) * 2.0**-52
+    return (4 + 1.5 * ranks) * 2.0**-52
 
 
 def without_rounding(var: Tensor, mean: Tensor, ranks: int) -> Tensor:

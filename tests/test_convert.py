@@ -302,3 +302,34 @@ def test_a_real_network_evaluates_bit_for_bit_alike_converted_and_reverted():
     assert torch.equal(convert_sync_batchnorm(model)(x), expected)
     assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()) == 20
     assert torch.equal(revert_sync_batchnorm(model)(x), expected)
+
+
+class WithoutAForward(nn.BatchNorm1d):
+    """A subclass that overrides nothing of the forward pass."""
+
+    note = "kept"
+
+
+def running_mean_of_a_subclass_without_a_forward() -> list[float]:
+    layer = convert_sync_batchnorm(WithoutAForward(3, momentum=1.0))
+    layer(torch.arange(12.0).view(4, 3) + 10 * dist.get_rank())
+    return layer.running_mean.tolist()
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_synchronized():
+    assert run_ranks(2, running_mean_of_a_subclass_without_a_forward) == [[9.5, 10.5, 11.5]] * 2
+
+
+class Ghost(nn.BatchNorm2d):
+    """Ghost batch normalization: two halves of the batch side by side as channels."""
+
+    def forward(self, x):
+        N, C, *size = x.shape
+        weight, bias = self.weight.repeat(2), self.bias.repeat(2)
+        y = nn.functional.batch_norm(x.reshape(N // 2, 2 * C, *size), None, None, weight, bias, True)
+        return y.view(x.shape)
+
+
+def test_a_subclass_may_normalize_another_number_of_channels():
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(convert_sync_batchnorm(Ghost(3))(x), Ghost(3)(x))

@@ -80,3 +80,11 @@ def test_an_empty_batch_moves_no_running_statistics():
     zero = torch.zeros(1, dtype=torch.float64)
     update_running_stats_(Running(running_mean, running_var, None, 0.5), count=zero[0], mean=zero, var=zero)
     assert (running_mean.item(), running_var.item()) == (2, 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64, 1024])
+def test_constants_have_no_variance_over_any_number_of_ranks(ranks):
+    constants = torch.randn(2000, dtype=torch.float64) * 100
+    counts = torch.randint(1, 100_000, (ranks,), dtype=torch.float64)
+    packed = sum(pack(count, constants, torch.zeros(2000)) for count in counts)
+    assert unpack(packed, ranks)[2].abs().sum() == 0
