@@ -83,6 +83,14 @@ def announce(x: Any, weight: Any, bias: Any, process_group: Group) -> Record | N
     return record
 
 
+def announce_failure(error: Exception) -> bool:
+    """With detection, tell the other ranks that this one has failed; return whether detection is on."""
+    if _detector is None:
+        return False
+    _detector.fail(f"raised {type(error).__name__}: {error}".split("\n")[0])
+    return True
+
+
 def _needs_grad(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.requires_grad
 

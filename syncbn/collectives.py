@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from syncbn import checks
 from syncbn.groups import Group, default_device, group_size
 
+_ANNOUNCED = "_syncbn_announced"  # attribute of an error that the other ranks know of
+
 
 def all_reduce_(values: Tensor, process_group: Group) -> Tensor:
     """Sum `values` over the ranks of the group, in place, and return it."""
@@ -78,20 +80,25 @@ class release_peers:
         return self if self.outer is None else self.outer
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not self.is_open:
+        if self.is_open:
+            _open_blocks().remove(self)
+            self.is_open = False
+        if not isinstance(error, Exception) or not self.are_waiting or self.outer is not None:
             return
-        _open_blocks().remove(self)
-        self.is_open = False
-        if self.outer is not None or not self.are_waiting or not isinstance(error, Exception):
+        # every rank has a DesyncError, and an error that another block has announced or received
+        if isinstance(error, checks.DesyncError) or getattr(error, _ANNOUNCED, False):
             return
-        if isinstance(error, checks.DesyncError):  # every rank raises it
-            return
-        self._refuse(error)
+        raised = error
         if not isinstance(error, ValueError):
-            raise ValueError(
+            raised = ValueError(
                 f"expected every rank of the group to reach the all-reduce of {self._name()}, got on this one "
                 f"{type(error).__name__}: {error}"
-            ) from error
+            )
+        setattr(raised, _ANNOUNCED, True)
+        if not (self.record is None and checks.announce_failure(error)):
+            self._refuse(raised)
+        if raised is not error:
+            raise raised from error
 
     def announce(self, x: Any, weight: Any, bias: Any) -> None:
         """With `detect_desync`, agree with the other ranks on this forward pass."""
@@ -122,9 +129,11 @@ class release_peers:
 
     def _check(self, values: Tensor) -> None:
         if self.ranks > 1 and is_readable(values) and math.isnan(values.numpy()[0]):
-            raise ValueError(
+            error = ValueError(
                 "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
             )
+            setattr(error, _ANNOUNCED, True)
+            raise error
 
     def _name(self) -> str:
         return "sync_batch_norm" if self.layer is None else type(self.layer).__name__
@@ -132,18 +141,20 @@ class release_peers:
     def _refuse(self, error: Exception) -> None:
         """Take part in the all-reduce with NaN; if that fails, say so in a note to the error."""
         self.are_waiting = False
-        if self.num_features is None:
-            reasons = ["the number of channels is not known"]
-        else:
-            reasons = []
-            for device in self._devices():
-                try:
-                    size = 2 * self.num_features + 1
-                    all_reduce_(torch.full((size,), torch.nan, dtype=torch.float64, device=device), self.process_group)
-                    return
-                except Exception as failure:
-                    reasons.append(f"on {device}: {failure}")
-        error.add_note(f"The other ranks of the group were not told and may wait for this one ({'; '.join(reasons)}).")
+        reasons = []
+        try:
+            devices = self._devices() if self.num_features is not None else []
+        except Exception:  # a tensor that fails when asked for its device
+            devices = [default_device(self.process_group)]
+        for device in devices:
+            try:
+                size = 2 * self.num_features + 1  # type: ignore[operator]
+                all_reduce_(torch.full((size,), torch.nan, dtype=torch.float64, device=device), self.process_group)
+                return
+            except Exception as failure:
+                reasons.append(f"on {device}: {failure}")
+        reason = "; ".join(reasons) or "the number of channels is not known"
+        error.add_note(f"The other ranks of the group were not told and may wait for this one ({reason}).")
 
     def _devices(self) -> list[torch.device]:
         """Return the devices to try: accelerators first, because a tensor on CPU may be one that was not moved."""

@@ -18,7 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from syncbn import groups
 from syncbn.collectives import release_peers
-from syncbn.functional import is_recomputing, normalize_over_group
+from syncbn.functional import (
+    check_per_channel,
+    is_recomputing,
+    most_common_size,
+    normalize_over_group,
+    sync_batch_norm,
+)
 from syncbn.module import BatchNorm, SyncBatchNorm
 from syncbn.statistics import Epilogue, Running
 
@@ -174,6 +180,13 @@ class _SyncedFunctional(TorchFunctionMode):
         """Compute torch.nn.functional.batch_norm, over the group in training."""
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if not self.peers.are_waiting:  # a group of one rank, or the second call in a forward
+            group = self.peers.process_group
+            return sync_batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, group)
+        tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
+        size = most_common_size(input, list(tensors.values()))
+        self.peers.num_features = size
+        check_per_channel(size, tensors)
         has_both = running_mean is not None and running_var is not None
         return normalize_over_group(
             self.peers,
@@ -181,7 +194,7 @@ class _SyncedFunctional(TorchFunctionMode):
             weight,
             bias,
             Epilogue(),
-            num_features=next((len(t) for t in (weight, running_mean, bias) if t is not None), None),
+            num_features=size,
             eps=eps,
             running=Running(running_mean, running_var, None, momentum) if has_both else None,  # type: ignore[arg-type]
         )

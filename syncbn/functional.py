@@ -58,17 +58,17 @@ def sync_batch_norm(
     """
     tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
     known = next((tensor for tensor in tensors.values() if isinstance(tensor, Tensor)), None)
-    num_features = None if known is None else known.numel()
+    size = most_common_size(input, list(tensors.values()))
+    num_features = None if known is None else size
     epilogue = Epilogue(residual, mask, activation)
     if not training:
         check_activation(activation)
-        _check_per_channel(num_features, tensors)
+        check_per_channel(num_features, tensors)
         return evaluate(input, weight, bias, epilogue, running_mean, running_var, num_features=num_features, eps=eps)
-    with release_peers(process_group, num_features, tensors=(known, input)) as peers:
-        peers.num_features = _num_channels(input) if num_features is None else num_features
+    with release_peers(process_group, size, tensors=(known, input)) as peers:
         peers.announce(input, weight, bias)
         check_activation(activation)
-        _check_per_channel(num_features, tensors)
+        check_per_channel(num_features, tensors)
         running = None
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, None, momentum)
@@ -196,7 +196,8 @@ def _first(*tensors: Tensor | None) -> Tensor | None:
     return next((tensor for tensor in tensors if tensor is not None), None)
 
 
-def _check_per_channel(num_features: int | None, tensors: dict[str, Any]) -> None:
+def check_per_channel(num_features: int | None, tensors: dict[str, Any]) -> None:
+    """Raise ValueError, on this rank alone, unless each of the named tensors is None or (num_features,)."""
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise ValueError(f"expected {name} to be a torch.Tensor or None, got {type(tensor).__name__}")
@@ -239,6 +240,17 @@ def _scaled(
         return like.new_full((num_channels,), temperature), None
     weight = like.new_full((num_channels,), temperature) if weight is None else weight * temperature
     return weight, None if bias is None else bias * temperature
+
+
+def most_common_size(x: Any, tensors: list[Any]) -> int | None:
+    """Return C as most of the arguments have it, an invalid one among them; of two equally common sizes, the first."""
+    sizes = [len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() == 1]
+    try:
+        own = _num_channels(x)
+    except Exception:  # an input that fails when asked for its shape
+        own = None
+    sizes += [] if own is None else [own]
+    return max(sizes, key=sizes.count) if sizes else None
 
 
 def _num_channels(x: Any) -> int | None:

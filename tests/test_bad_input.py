@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
@@ -136,6 +137,53 @@ def functional(x, **arguments):
     return syncbn.sync_batch_norm(x, None, None, training=True, **arguments)
 
 
+class Between(torch.nn.BatchNorm1d):
+    """A subclass with a synchronized layer inside."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.inner = torch.nn.BatchNorm1d(num_features)
+
+    def forward(self, input, fails=False):
+        assert not fails, "before the inner layer"
+        return super().forward(self.inner(input))
+
+
+class Twice(torch.nn.BatchNorm1d):
+    """A subclass that calls the function twice."""
+
+    def forward(self, input, fails=False):
+        function = torch.nn.functional.batch_norm
+        y = function(input, None, None, self.weight, self.bias, True)
+        return function(y, None, None, self.weight[:2] if fails else self.weight, self.bias, True)
+
+
+def nested() -> torch.nn.Module:
+    return syncbn.convert_sync_batchnorm(Between(3))
+
+
+def twice() -> torch.nn.Module:
+    return syncbn.convert_sync_batchnorm(Twice(3))
+
+
+class FailsAgain(torch.nn.Module):
+    def __init__(self, fails):
+        super().__init__()
+        self.fails, self.calls = fails, 0
+
+    def forward(self, x):
+        self.calls += 1
+        assert not self.fails or self.calls < 2, "in the recomputation"
+        return x * 2
+
+
+def recompute(fails: bool) -> torch.Tensor:
+    model = torch.nn.Sequential(FailsAgain(fails), LAYER(3))
+    x = GOOD.clone().requires_grad_()
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    return x
+
+
 LAYER = syncbn.SyncBatchNorm
 FAULTS = {  # the call of rank 1, the call of the others, and the error of rank 1
     "no memory": (lambda: LAYER(3)(GOOD.as_subclass(FailsIn)), lambda: LAYER(3)(GOOD), "got on this one MemoryError"),
@@ -168,6 +216,13 @@ FAULTS = {  # the call of rank 1, the call of the others, and the error of rank 
     "function, no batch dimension": (
         lambda: functional(GOOD[0, :, 0]), lambda: functional(GOOD), r"expected input of shape \(N, C\)",
     ),
+    "function, weight of the wrong size": (
+        lambda: syncbn.sync_batch_norm(GOOD, torch.zeros(3), torch.ones(3), torch.ones(2), training=True),
+        lambda: functional(GOOD), r"expected weight of shape \(3,\), got \(2,\)",
+    ),
+    "nested": (lambda: nested()(GOOD, True), lambda: nested()(GOOD), "AssertionError: before the inner layer"),
+    "checkpoint": (lambda: recompute(True), lambda: recompute(False), "AssertionError: in the recomputation"),
+    "function twice": (lambda: twice()(GOOD, True), lambda: twice()(GOOD), "expected weight of shape"),
 }  # fmt: skip
 
 
