@@ -120,10 +120,14 @@ class release_peers:
         self._check(values)
         return values
 
-    def differentiable_all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum as a differentiable function of `values`, which are not changed."""
+    def differentiable_all_reduce(self, values: Tensor, second: "release_peers") -> Tensor:
+        """Return the sum as a differentiable function of `values`, which are not changed.
+
+        Args:
+            second: the block that ends with the all-reduce of the first derivative.
+        """
         self.are_waiting = False
-        total: Tensor = AllReduce.apply(values, self.process_group)
+        total: Tensor = AllReduce.apply(values, self.process_group, second)
         self._check(total.detach())
         return total
 
@@ -175,15 +179,21 @@ class AllReduce(torch.autograd.Function):
     """Differentiable sum over ranks; its backward is the sum over ranks of the gradients, itself differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, process_group: Group) -> Tensor:
-        """Return the sum over the ranks of the group."""
-        ctx.process_group = process_group
+    def forward(ctx: Any, values: Tensor, process_group: Group, block: release_peers | None = None) -> Tensor:
+        """Return the sum over the ranks of the group; `block` ends with the all-reduce of the first backward pass."""
+        ctx.process_group, ctx.block = process_group, block
         return all_reduce_(values.clone(), process_group)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         """Return the sum over the ranks of `grad_output`."""
-        return AllReduce.apply(grad_output, ctx.process_group), None
+        block, ctx.block = ctx.block, None
+        if block is not None:
+            block.are_waiting = False
+        total = AllReduce.apply(grad_output, ctx.process_group)
+        if block is not None and block.ranks > 1:
+            block._check(total.detach())
+        return total, None, None
 
 
 _local = threading.local()

@@ -49,7 +49,8 @@ def backward(
         peers: the block of this backward pass.
     """
     needs_x, _, _, needs_residual = needs_grad
-    with torch.enable_grad():
+    second = release_peers(peers.process_group, x.shape[1], tensors=(x,))
+    with second, torch.enable_grad():
         x = x if needs_x else x.detach().requires_grad_()
         residual = epilogue.residual
         if needs_residual and residual is None:
@@ -58,7 +59,7 @@ def backward(
         x = x.view_as(x)
         weight, bias, residual = (t if t is None else t.view_as(t) for t in (weight, bias, residual))
         epilogue = epilogue._replace(residual=residual)
-        y = _forward(x, weight, bias, epilogue, count=count, pivot=mean, eps=eps, peers=peers)
+        y = _forward(x, weight, bias, epilogue, count=count, pivot=mean, eps=eps, peers=peers, second=second)
         inputs = [x, *(t for t, needs in zip((weight, bias, residual), needs_grad[1:], strict=True) if needs)]
         # always with x: every rank has to take part in the second all-reduce
         grads = iter(torch.autograd.grad(y, inputs, grad_output, create_graph=True))  # type: ignore[arg-type]
@@ -76,13 +77,14 @@ def _forward(
     pivot: Tensor,
     eps: float,
     peers: release_peers,
+    second: release_peers,
 ) -> Tensor:
     """Return y; `pivot` is the mean of the group as a constant, subtracted first so that nothing cancels."""
     residual, mask, activation = epilogue
     dims = reduced_dims(x)
     centred = apply_mask(x - per_channel(pivot, x), mask)
     local = pack_sums(centred.sum(dims).double(), centred.square().sum(dims).double())
-    sums = peers.differentiable_all_reduce(local)
+    sums = peers.differentiable_all_reduce(local, second)
     offset, square = unpack_sums(sums / count.clamp(min=1))
     invstd = invstd_of(without_rounding((square - offset.square()).clamp(min=0), pivot, peers.ranks), eps)
     z = (centred - per_channel(offset, x)) * per_channel(invstd, x)

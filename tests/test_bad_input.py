@@ -12,6 +12,7 @@ from ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from syncbn.activations import ACTIVATIONS
 
 GOOD = torch.randn(4, 3, 2)
 BAD = {
@@ -294,6 +295,31 @@ def test_whatever_one_rank_meets_in_backward_is_a_value_error_on_every_rank_at_o
     assert all("refusal from another rank" in message for message in first)
     assert "RuntimeError: one of the variables needed for gradient computation has been modified" in second[0]
     assert all("MemoryError: no room to unpack" in message for message in second[1:])
+
+
+def no_room(z):
+    raise MemoryError("no room for the activation")
+
+
+def fail_between_the_collectives_of_create_graph() -> str:
+    layer, x = LAYER(3, activation="silu"), GOOD.clone().requires_grad_()
+    y = layer(x)
+    if dist.get_rank() == 1:  # in this process alone; the activation follows the first all-reduce
+        ACTIVATIONS["silu"] = ACTIVATIONS["silu"]._replace(apply=no_room)
+    start = time.monotonic()
+    try:
+        torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    except ValueError as error:
+        assert time.monotonic() - start < 5
+        assert LAYER(3)(GOOD).isfinite().all()
+        return str(error)
+    return "accepted"
+
+
+def test_between_the_two_collectives_of_create_graph_an_error_reaches_every_rank():
+    first, second = run_ranks(2, fail_between_the_collectives_of_create_graph)
+    assert "refusal from another rank" in first
+    assert "MemoryError: no room for the activation" in second
 
 
 def gradients_that_overflow() -> list[float]:
