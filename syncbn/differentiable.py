@@ -55,6 +55,8 @@ def backward(
         residual = epilogue.residual
         if needs_residual and residual is None:
             residual = torch.zeros_like(x, requires_grad=True)
+        if needs_grad[2] and bias is not None and not bias.requires_grad:
+            bias = bias.requires_grad_()
         # Views, so that differentiation stops there even if one input was computed from another.
         x = x.view_as(x)
         weight, bias, residual = (t if t is None else t.view_as(t) for t in (weight, bias, residual))

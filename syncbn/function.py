@@ -46,8 +46,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
         ctx.backend, ctx.eps, ctx.activation = backend, eps, activation
         ctx.process_group, ctx.record = peers.process_group, peers.record
-        kept = None if activation == "identity" else residual  # backward of the identity does not read it
-        ctx.save_for_backward(x, weight, bias, kept, mask, count, channels.mean, channels.invstd, channels.coefficients)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        kept = (None, None) if activation == "identity" else (bias, residual)  # backward does not read their values
+        ctx.save_for_backward(x, weight, *kept, mask, count, channels.mean, channels.invstd, channels.coefficients)
         return y
 
     @staticmethod
@@ -58,6 +59,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             peers.announce_backward(ctx.record)
             x, weight, bias, residual, mask, count, mean, invstd, coefficients = ctx.saved_tensors
             epilogue = Epilogue(residual, mask, ctx.activation)
+            if bias is None and ctx.bias_dtype is not None:
+                bias = torch.zeros_like(mean, dtype=ctx.bias_dtype)
             is_compiling = torch.compiler.is_compiling()  # gradients may be enabled there without create_graph
             if not is_compiling and (torch.is_grad_enabled() or differentiable.is_batched(grad_output)):
                 grads = differentiable.backward(

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from syncbn import backends
 from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
-from syncbn.statistics import Epilogue, Running, apply_mask
+from syncbn.statistics import Epilogue, Running, apply_mask, unpack, update_running_stats_
 
 
 def sync_batch_norm(
@@ -104,6 +105,10 @@ def normalize_over_group(
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
     moved = (None, None, None, None) if running is None or is_recomputing() else running
+    if running is not None and torch.jit.is_tracing():  # it records what the Function does to its arguments twice
+        count, mean, var = unpack(backends.PLAIN.pack_stats(x.detach(), mask))
+        update_running_stats_(running, count=count, mean=mean, var=var)
+        moved = (None, None, None, None)
     y: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
     return y
 

@@ -222,6 +222,15 @@ def test_whoever_records_operations_one_by_one_gets_all_of_them():
         torch.testing.assert_close(layer(x), syncbn.SyncBatchNorm(5)(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_call_in_training_counts_one_batch():
+    layer, x = syncbn.SyncBatchNorm(5), torch.randn(4, 5, 6, 7)
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    before = layer.num_batches_tracked.item()
+    traced(x)
+    assert layer.num_batches_tracked == before + 1
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_running_statistics_of_a_recorded_training_step_join_no_graph(momentum, with_mask):

@@ -208,3 +208,12 @@ def test_importing_the_package_imports_neither_triton_nor_lightning_nor_hydra():
     code = "import sys, syncbn; print(*({'triton', 'lightning', 'hydra', 'train'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+def test_a_bias_may_change_between_forward_and_backward_if_no_activation_follows():
+    layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    y.square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, 2 * y.detach().sum(0))
