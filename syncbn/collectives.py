@@ -72,7 +72,7 @@ class release_peers:
     def __enter__(self) -> "release_peers":
         if self.ranks == 1 or torch.compiler.is_compiling():
             return self
-        blocks = _open_blocks()
+        blocks = _blocks.open
         same = (block for block in blocks if self.layer is not None and block.layer is self.layer and block.are_waiting)
         self.outer = next(same, None)
         blocks.append(self)
@@ -81,7 +81,7 @@ class release_peers:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self.is_open:
-            _open_blocks().remove(self)
+            _blocks.open.remove(self)
             self.is_open = False
         if not isinstance(error, Exception) or not self.are_waiting or self.outer is not None:
             return
@@ -90,8 +90,9 @@ class release_peers:
             return
         raised = error
         if not isinstance(error, ValueError):
+            name = "sync_batch_norm" if self.layer is None else type(self.layer).__name__
             raised = ValueError(
-                f"expected every rank of the group to reach the all-reduce of {self._name()}, got on this one "
+                f"expected every rank of the group to reach the all-reduce of {name}, got on this one "
                 f"{type(error).__name__}: {error}"
             )
         setattr(raised, _ANNOUNCED, True)
@@ -104,10 +105,6 @@ class release_peers:
         """With `detect_desync`, agree with the other ranks on this forward pass."""
         if self.record is None:
             self.record = checks.announce(x, weight, bias, self.process_group)
-
-    def announce_backward(self, record: checks.Record | None) -> None:
-        """With `detect_desync`, agree with the other ranks on the backward pass of the recorded forward pass."""
-        checks.announce_backward(record, self.process_group)
 
     def all_reduce_(self, values: Tensor) -> Tensor:
         """Sum `values`, (2C + 1,) float64, over the ranks of the group, in place, and return it.
@@ -138,9 +135,6 @@ class release_peers:
             )
             setattr(error, _ANNOUNCED, True)
             raise error
-
-    def _name(self) -> str:
-        return "sync_batch_norm" if self.layer is None else type(self.layer).__name__
 
     def _refuse(self, error: Exception) -> None:
         """Take part in the all-reduce with NaN; if that fails, say so in a note to the error."""
@@ -196,12 +190,11 @@ class AllReduce(torch.autograd.Function):
         return total, None, None
 
 
-_local = threading.local()
+class _Blocks(threading.local):
+    """The open blocks of this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.open: list[release_peers] = []
 
 
-def _open_blocks() -> list[release_peers]:
-    """Return the open blocks of this thread, the innermost last."""
-    if not hasattr(_local, "blocks"):
-        _local.blocks = []
-    blocks: list[release_peers] = _local.blocks
-    return blocks
+_blocks = _Blocks()

@@ -187,17 +187,11 @@ class _SyncedFunctional(TorchFunctionMode):
         size = most_common_size(input, list(tensors.values()))
         self.peers.num_features = size
         check_per_channel(size, tensors)
-        has_both = running_mean is not None and running_var is not None
-        return normalize_over_group(
-            self.peers,
-            input,
-            weight,
-            bias,
-            Epilogue(),
-            num_features=size,
-            eps=eps,
-            running=Running(running_mean, running_var, None, momentum) if has_both else None,  # type: ignore[arg-type]
-        )
+        running = None
+        if running_mean is not None and running_var is not None:
+            running = Running(running_mean, running_var, None, momentum)
+        options: Any = {"num_features": size, "eps": eps, "running": running}
+        return normalize_over_group(self.peers, input, weight, bias, Epilogue(), **options)
 
     def native(
         self,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import backends, collectives, differentiable
+from syncbn import backends, checks, collectives, differentiable
 from syncbn.collectives import release_peers
 from syncbn.statistics import Channels, Epilogue, OutputMask, Running, match_layout
 
@@ -56,7 +56,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Return the gradients of x, weight, bias and residual; weight's and bias's are sums over this rank alone."""
         needs_x, *needs = ctx.needs_input_grad[:4]
         with release_peers(ctx.process_group, grad_output.shape[1], tensors=(grad_output,)) as peers:
-            peers.announce_backward(ctx.record)
+            checks.announce_backward(ctx.record, ctx.process_group)
             x, weight, bias, residual, mask, count, mean, invstd, coefficients = ctx.saved_tensors
             epilogue = Epilogue(residual, mask, ctx.activation)
             if bias is None and ctx.bias_dtype is not None:

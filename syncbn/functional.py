@@ -251,14 +251,8 @@ def most_common_size(x: Any, tensors: list[Any]) -> int | None:
     """Return C as most of the arguments have it, an invalid one among them; of two equally common sizes, the first."""
     sizes = [len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() == 1]
     try:
-        own = _num_channels(x)
-    except Exception:  # an input that fails when asked for its shape
-        own = None
-    sizes += [] if own is None else [own]
+        shape = tuple(getattr(x, "shape", ()))
+    except Exception:  # an input that fails when asked for it
+        shape = ()
+    sizes += shape[1:2] or shape[:1]
     return max(sizes, key=sizes.count) if sizes else None
-
-
-def _num_channels(x: Any) -> int | None:
-    """Return C of an input that may be invalid: the vectors of all ranks must have the same length."""
-    shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
-    return shape[1] if len(shape) > 1 else shape[0] if len(shape) == 1 else None

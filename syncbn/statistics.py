@@ -1,7 +1,6 @@
-"""The values that travel between the ops, and pure functions on per-channel statistics.
+"""The values that travel between the ops, and functions on per-channel statistics.
 
-Nothing communicates. Per-channel values are float64 from the wire on, whatever the dtype of the activations; formulas:
-`syncbn.reference`.
+Nothing communicates. Per-channel values are float64 for every dtype of the activations. Formulas: `syncbn.reference`.
 """
 
 from typing import NamedTuple
@@ -143,6 +142,20 @@ def reduced_of(
         assert channels.bias is not None
         grad_bias = sum_dy.to(channels.bias.dtype, copy=True)
     return Reduced(pack_sums(sum_dy, sum_dy_xmu), grad_weight, grad_bias, dy)
+
+
+def scale_and_shift(channels: Channels) -> tuple[Tensor, Tensor]:
+    """Return scale and shift of `(x - mean) * scale + shift`, each (C,) float64."""
+    scale = channels.invstd if channels.weight is None else channels.invstd * channels.weight
+    return scale, torch.zeros_like(scale) if channels.bias is None else channels.bias.double()
+
+
+def grad_input_coefficients(channels: Channels, count: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale, slope and shift of `grad_input = dy * scale + (x - mean) * slope + shift`, each (C,) float64."""
+    scale, _ = scale_and_shift(channels)
+    sum_dy, sum_dy_xmu = unpack_sums(sums)
+    factor = scale / -count.clamp(min=1)
+    return scale, factor * channels.invstd.square() * sum_dy_xmu, factor * sum_dy
 
 
 def invstd_of(var: Tensor, eps: float) -> Tensor:

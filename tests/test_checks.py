@@ -158,14 +158,6 @@ def test_only_the_group_of_the_deviating_rank_is_affected():
         assert "\n3     SyncBatchNorm  forward  2 " in message
 
 
-def is_switched_on_by(values: list[str]) -> list[bool]:
-    found = []
-    for value in values:
-        os.environ["SYNCBN_DETECT_DESYNC"] = value
-        found.append(importlib.reload(checks)._detector is not None)
-    return found
-
-
 def train_with_a_frozen_rank(value: str) -> str:
     os.environ["SYNCBN_DETECT_DESYNC"] = value
     importlib.reload(checks)  # reads the variable

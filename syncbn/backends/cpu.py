@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from syncbn.activations import ACTIVATIONS
-from syncbn.backends.torch_ops import grad_input_coefficients, scale_and_shift
 from syncbn.statistics import (
     Channels,
     Epilogue,
@@ -22,10 +21,12 @@ from syncbn.statistics import (
     Reduced,
     Running,
     gather_stats,
+    grad_input_coefficients,
     local_count,
     pack,
     per_channel,
     reduced_of,
+    scale_and_shift,
 )
 
 MAX_MEAN_OVER_STD = 2.0  # up to which sums about 0 and `x * scale + shift` cost no more than a bit of the result

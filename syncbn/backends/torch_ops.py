@@ -19,12 +19,13 @@ from syncbn.statistics import (
     apply_mask,
     apply_mask_,
     gather_stats,
+    grad_input_coefficients,
     local_count,
     pack,
     per_channel,
     reduced_dims,
     reduced_of,
-    unpack_sums,
+    scale_and_shift,
 )
 
 
@@ -80,20 +81,6 @@ def backward_elemt(
     return _like_x(apply_mask_(grad_input, epilogue.mask), x)
 
 
-def scale_and_shift(channels: Channels) -> tuple[Tensor, Tensor]:
-    """Return scale and shift of `(x - mean) * scale + shift`, each (C,) float64."""
-    scale = channels.invstd if channels.weight is None else channels.invstd * channels.weight
-    return scale, torch.zeros_like(scale) if channels.bias is None else channels.bias.double()
-
-
-def grad_input_coefficients(channels: Channels, count: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scale, slope and shift of `grad_input = dy * scale + (x - mean) * slope + shift`, each (C,) float64."""
-    scale, _ = scale_and_shift(channels)
-    sum_dy, sum_dy_xmu = unpack_sums(sums)
-    factor = scale / -count.clamp(min=1)
-    return scale, factor * channels.invstd.square() * sum_dy_xmu, factor * sum_dy
-
-
 def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Return `(x - mean) * scale + shift` for (C,) float64 values, in the accumulation dtype, without cancellation."""
     pivot = mean.to(accumulation_dtype(x))
@@ -119,5 +106,5 @@ def _activation_backward(grad_output: Tensor, x: Tensor, channels: Channels, epi
 def _like_x(values: Tensor, x: Tensor) -> Tensor:
     """Return a result in the dtype of x."""
     values = values.to(x.dtype)
-    # torch 2.11 makes outputs of intermediates and loses the gradient of a result that is one; a copy costs nothing
+    # torch 2.11 loses the gradient of an output that is also an intermediate result; inductor removes the copy
     return values.clone() if torch.compiler.is_compiling() else values
