@@ -8,13 +8,17 @@ from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.functional import sync_batch_norm as sync_batch_norm
 from syncbn.groups import new_sync_groups as new_sync_groups
 from syncbn.module import BatchNorm as BatchNorm
+from syncbn.module import LazySyncBatchNorm as LazySyncBatchNorm
 from syncbn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.recalibrate import merge_running_stats as merge_running_stats
 from syncbn.recalibrate import recalibrate as recalibrate
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BatchNorm",
     "DesyncError",
+    "LazySyncBatchNorm",
     "SyncBatchNorm",
     "assert_replicas_equal",
     "convert_sync_batchnorm",

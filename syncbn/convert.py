@@ -5,13 +5,14 @@ stay as they are, and the way back restores the class exactly.
 """
 
 import inspect
+import sys
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -25,31 +26,38 @@ from syncbn.functional import (
     normalize_over_group,
     sync_batch_norm,
 )
-from syncbn.module import BatchNorm, SyncBatchNorm
+from syncbn.module import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_module
 from syncbn.statistics import Epilogue, Running
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_PLAIN_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
+_COUNTERPARTS: dict[type[nn.Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    BatchNorm: SyncBatchNorm,
+}
 
 
-def convert_sync_batchnorm(module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
+def convert_sync_batchnorm(module: ModuleT, process_group: Any = None) -> ModuleT:
     """Turn every batch normalization in `module`, including itself, into a `SyncBatchNorm`, in place; return `module`.
 
-    BatchNorm1d, 2d, 3d and torch's SyncBatchNorm become `SyncBatchNorm`. A subclass of these becomes a class that
-    inherits from both, so that its own methods stay. For a `SyncBatchNorm`, only the process group is set.
+    A BatchNorm1d, 2d or 3d, and any subclass, becomes an instance of a class that inherits from both, so that
+    `isinstance` and its own methods stay; torch's SyncBatchNorm becomes ours. Lazy layers become synchronized when they
+    are initialized. For a `SyncBatchNorm`, only the process group is set.
 
     Args:
-        process_group: the ranks that share statistics; all of them by default.
+        process_group: the ranks that share statistics, or a DeviceMesh with one dimension; all ranks by default.
 
     Raises:
-        ValueError: a lazy module has not seen its first batch; nothing is converted.
         TypeError: `process_group` is not a process group; nothing is converted.
         TypeError: a layer cannot be synchronized; nothing is converted. These are layers whose forward neither calls
             super().forward() nor torch's batch_norm function, or is set on the instance; subclasses of torch's
-            SyncBatchNorm; and layers compiled by torch.jit.script.
+            SyncBatchNorm; layers compiled by torch.jit.script; and layers whose class a tool has generated, such as
+            parametrizations and fully_shard, which are to be applied after the conversion.
     """
-    groups.check_process_group(process_group)
+    process_group = groups.checked(process_group)
     layers: list[tuple[str, Any]] = []
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
@@ -83,14 +91,20 @@ def revert_sync_batchnorm(module: ModuleT) -> ModuleT:
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)
     ]
     for name, layer in layers:
-        expected: Any = SyncBatchNorm if layer.unsynced_class is None else _counterpart(layer.unsynced_class)
+        plain_class = _plain_class(layer)
+        expected: Any = SyncBatchNorm if plain_class is None else _counterpart(plain_class)
+        if plain_class is None and isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+            raise TypeError(
+                f"expected initialized layers to revert, got a {type(layer).__name__} at '{name}' that has not seen a "
+                "batch: run one through the model first"
+            )
         if type(layer) is not expected:
             raise TypeError(
                 f"expected a {expected.__name__} to revert, got {type(layer).__name__} at '{name}': undo what changed "
                 "its class first (parametrizations, fully_shard); a subclass of SyncBatchNorm has no way back"
             )
     for _, layer in layers:
-        plain_class: Any = layer.unsynced_class or BatchNorm
+        plain_class = _plain_class(layer) or BatchNorm
         process_group = layer.unsynced_group
         for attribute in ("unsynced_class", "unsynced_group", "process_group"):
             vars(layer).pop(attribute, None)
@@ -105,17 +119,17 @@ def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
     plain_class: Any = type(layer)
     if isinstance(layer, SyncBatchNorm):
         return plain_class
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        raise ValueError(
-            f"expected initialized parameters, got {plain_class.__name__} at '{name}' that has not seen a batch: "
-            "run one batch through the model before converting it"
+    if _is_generated(plain_class):
+        raise TypeError(
+            f"expected a class with a definition, got a {plain_class.__name__} at '{name}', which "
+            f"{plain_class.__module__} has generated: convert the model first, and apply that afterwards"
         )
     if "forward" in vars(layer):
         raise TypeError(
             f"expected the forward of the class, got a {plain_class.__name__} at '{name}' with a forward set on the "
             "instance, which cannot be synchronized: remove it, or subclass the layer"
         )
-    if plain_class not in _PLAIN_CLASSES and not _is_within_reach(plain_class):
+    if plain_class not in _COUNTERPARTS and not _is_within_reach(plain_class):
         raise TypeError(
             f"expected a batch normalization whose forward calls super().forward() or torch's batch_norm function, got "
             f"{plain_class.__name__} at '{name}': call one there, or replace the module by a BatchNorm"
@@ -123,8 +137,25 @@ def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
     return _counterpart(plain_class)
 
 
+def _plain_class(layer: SyncBatchNorm) -> Any:
+    """Return the class to restore, or None for a layer that was not converted."""
+    plain_class: Any = layer.unsynced_class
+    is_initialized = not isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if plain_class is not None and issubclass(plain_class, nn.modules.lazy.LazyModuleMixin) and is_initialized:
+        return plain_class.cls_to_become
+    return plain_class
+
+
+def _is_generated(cls: Any) -> bool:
+    """Return whether a tool has made the class: it is neither found in its module nor defined inside a function."""
+    found: Any = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is not cls and "<locals>" not in cls.__qualname__
+
+
 def _counterpart(plain_class: Any) -> type[nn.Module]:
-    return SyncBatchNorm if plain_class in _PLAIN_CLASSES else _synced_subclass(plain_class)
+    return _COUNTERPARTS.get(plain_class) or _synced_subclass(plain_class)
 
 
 def _own_forwards(plain_class: Any) -> list[set[str]]:
@@ -219,6 +250,8 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     calls_functional = any("batch_norm" in names for names in _own_forwards(plain_class))
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Proxy):
+            return call_module(self, *args, **kwargs)
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
         tracked = self.num_batches_tracked.clone() if is_recomputing() and self.track_running_stats else None
@@ -237,6 +270,8 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     members: dict[str, Any] = {"__reduce_ex__": reduce}
     if _own_forwards(plain_class):  # others inherit that of SyncBatchNorm
         members["forward"] = forward
+    if issubclass(plain_class, nn.modules.lazy.LazyModuleMixin):
+        members["cls_to_become"] = _counterpart(plain_class.cls_to_become)
     return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), members)
 
 

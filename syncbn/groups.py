@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 LOCAL: Literal["local"] = "local"  # instead of a group: this rank alone
 Group = dist.ProcessGroup | None | Literal["local"]  # None: all ranks
@@ -54,15 +55,28 @@ def new_sync_groups(size: int | Literal["node"]) -> Any:
     return groups[dist.get_rank() // int(wanted)]
 
 
-def check_process_group(process_group: Any) -> None:
-    """Raise TypeError, on this rank alone, unless given None or what `torch.distributed.new_group` returns."""
+def checked(process_group: Any) -> Any:
+    """Return the process group, that of a DeviceMesh, or None.
+
+    Raises:
+        TypeError: given neither of them; on this rank alone.
+        ValueError: the DeviceMesh has several dimensions; on this rank alone.
+    """
     if process_group is None or not dist.is_available():
-        return
+        return process_group
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"expected a DeviceMesh with one dimension, got dimensions {process_group.mesh_dim_names or ''} of "
+                f"sizes {tuple(process_group.shape)}: pass the one over which to synchronize, mesh['name']"
+            )
+        return process_group.get_group()
     if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
         raise TypeError(
             f"expected a process group, got {type(process_group).__name__}: make one with "
             "torch.distributed.new_group(ranks), called by every rank"
         )
+    return process_group
 
 
 def group_size(process_group: Group) -> int:

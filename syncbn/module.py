@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn import groups
 from syncbn.activations import check_activation
@@ -42,15 +45,13 @@ class BatchNorm(_BatchNorm):
         activation: str = "identity",
         temperature: float = 1.0,
     ) -> None:
-        if num_features < 1:
+        if num_features < 1 and not isinstance(self, LazyModuleMixin):
             raise ValueError(f"expected num_features of at least 1, got {num_features}")
         if eps < 0:
             raise ValueError(f"expected eps of at least 0, got {eps}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"expected momentum between 0 and 1, or None for a cumulative average, got {momentum}")
-        if not temperature > 0:
-            raise ValueError(f"expected temperature above 0, got {temperature}: 1 leaves the output as it is")
-        check_activation(activation)
+        _check_epilogue(activation, temperature)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)
@@ -65,6 +66,8 @@ class BatchNorm(_BatchNorm):
             residual: like `input`.
             mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
         """
+        if isinstance(input, Proxy):  # torch.fx traces torch's layers as one call; ours too
+            return call_module(self, input, residual, mask)
         epilogue = Epilogue(residual, mask, self.activation)
         options: Any = {"num_features": self.num_features, "eps": self.eps, "temperature": self.temperature}
         if not self.training and self.running_mean is not None:
@@ -121,7 +124,7 @@ class SyncBatchNorm(BatchNorm):
             (several texts use the reverse convention, 0.9); None for a cumulative average.
         affine: learn `weight` and `bias`.
         track_running_stats: keep running statistics; without them, evaluation uses the statistics of the local batch.
-        process_group: the ranks that share statistics; all of them by default.
+        process_group: the ranks that share statistics, or a DeviceMesh with one dimension; all ranks by default.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: with `affine`, learn `bias` beside `weight`.
@@ -148,7 +151,7 @@ class SyncBatchNorm(BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -156,7 +159,7 @@ class SyncBatchNorm(BatchNorm):
         activation: str = "identity",
         temperature: float = 1.0,
     ) -> None:
-        groups.check_process_group(process_group)
+        group = groups.checked(process_group)
         super().__init__(
             num_features,
             eps,
@@ -169,7 +172,7 @@ class SyncBatchNorm(BatchNorm):
             activation=activation,
             temperature=temperature,
         )
-        self.process_group = process_group
+        self.process_group = group
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {name: groups.reference_to(getattr(self, name)) for name in _GROUP_ATTRIBUTES}
@@ -185,3 +188,66 @@ class SyncBatchNorm(BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if self.unsynced_class is not None and isinstance(input, Tensor):
             self.unsynced_class._check_input_dim(self, input)  # a former BatchNorm2d still wants (N, C, H, W)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Call `syncbn.convert_sync_batchnorm`, for code written for torch's class; in place, unlike torch's."""
+        from syncbn.convert import convert_sync_batchnorm  # which builds on this class
+
+        return convert_sync_batchnorm(module, process_group)
+
+
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
+    """The class of a converted `torch.nn.BatchNorm1d`, which code that filters by class still recognizes."""
+
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
+    """The class of a converted `torch.nn.BatchNorm2d`, which code that filters by class still recognizes."""
+
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
+    """The class of a converted `torch.nn.BatchNorm3d`, which code that filters by class still recognizes."""
+
+
+class LazySyncBatchNorm(nn.LazyBatchNorm1d, SyncBatchNorm):
+    """A `SyncBatchNorm` that takes `num_features` from its first input, and then becomes one.
+
+    As for every lazy module, run one batch through the model before it is wrapped in DistributedDataParallel or its
+    parameters are passed to an optimizer. Arguments as of `SyncBatchNorm`, without `num_features`.
+    """
+
+    cls_to_become = SyncBatchNorm  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str = "identity",
+        temperature: float = 1.0,
+    ) -> None:
+        _check_epilogue(activation, temperature)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.process_group = groups.checked(process_group)
+        self.activation = activation
+        self.temperature = temperature
+
+
+def _check_epilogue(activation: str, temperature: float) -> None:
+    check_activation(activation)
+    if not temperature > 0:
+        raise ValueError(f"expected temperature above 0, got {temperature}: 1 leaves the output as it is")
+
+
+def call_module(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Record a call of the layer as one node of the graph that traces its first argument, a torch.fx.Proxy."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)

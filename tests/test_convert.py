@@ -74,7 +74,9 @@ def test_every_batch_norm_is_converted_and_every_class_comes_back():
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(layers) == 4
     assert all(isinstance(layer, syncbn.SyncBatchNorm) for layer in layers)
-    assert type(model[1]["b"]) is syncbn.SyncBatchNorm
+    plain = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d, BatchNormReLU)
+    assert [next(c for c in plain if isinstance(layer, c)) for layer in layers[:3]] == list(plain[:3])
+    assert isinstance(layers[3], BatchNormReLU)
     assert identities(model) == before  # the same modules, parameters and buffers, not copies
     assert list(model.state_dict()) == state
     assert revert_sync_batchnorm(model) is model
@@ -100,7 +102,8 @@ def test_both_directions_are_idempotent():
 @pytest.mark.parametrize("plain", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3), nn.SyncBatchNorm(3)])
 def test_the_module_itself_is_converted_when_it_is_a_batch_norm(plain):
     expected = type(plain)
-    assert type(convert_sync_batchnorm(plain)) is syncbn.SyncBatchNorm
+    assert isinstance(convert_sync_batchnorm(plain), syncbn.SyncBatchNorm)
+    assert isinstance(plain, expected) or expected is nn.SyncBatchNorm  # DDP refuses torch's layer on CPU
     assert type(revert_sync_batchnorm(plain)) is expected
 
 
@@ -237,9 +240,9 @@ def test_a_layer_that_would_stay_unsynchronized_without_a_word_is_refused(layer,
 def test_a_layer_whose_class_changed_after_the_conversion_is_not_reverted():
     model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
     nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
-    with pytest.raises(TypeError, match="got ParametrizedSyncBatchNorm at '1': undo what changed its class first"):
+    with pytest.raises(TypeError, match="got ParametrizedSyncBatchNorm2d at '1': undo what changed its class first"):
         revert_sync_batchnorm(model)
-    assert type(model[0]) is syncbn.SyncBatchNorm
+    assert isinstance(model[0], syncbn.SyncBatchNorm)
     nn.utils.parametrize.remove_parametrizations(model[1], "weight")
     revert_sync_batchnorm(model)
     assert [type(layer) for layer in model] == [nn.BatchNorm2d, nn.BatchNorm2d]
@@ -260,13 +263,53 @@ def test_a_converted_subclass_that_calls_the_function_compiles_in_one_graph():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-def test_a_lazy_module_is_refused_until_it_has_seen_a_batch():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match="got LazyBatchNorm1d at '1' that has not seen a batch: run one batch"):
+@pytest.mark.parametrize("tool", ["parametrizations", "fully_shard"])
+def test_a_class_that_a_tool_has_generated_is_refused_with_what_to_do_first(tool, fake_group):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    if tool == "parametrizations":
+        nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
+    else:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+        torch.distributed.fsdp.fully_shard(model[1], mesh=mesh)
+    generated = type(model[1])
+    with pytest.raises(TypeError, match=f"a {generated.__name__} at '1', .* generated: convert the model first"):
         convert_sync_batchnorm(model)
-    assert type(model[0]) is nn.BatchNorm1d
-    model(torch.randn(4, 3))
-    assert type(convert_sync_batchnorm(model)[1]) is syncbn.SyncBatchNorm
+    assert [type(layer) for layer in model] == [nn.BatchNorm2d, generated]
+
+
+class LocalLazy(nn.LazyBatchNorm2d):
+    """A lazy subclass that becomes a subclass."""
+
+    cls_to_become = BatchNormReLU
+
+    def __init__(self, momentum):
+        super().__init__(momentum=momentum)
+        self.slope = 0.5
+
+
+@pytest.mark.parametrize(
+    "lazy, plain",
+    [
+        (nn.LazyBatchNorm1d, nn.BatchNorm1d),
+        (nn.LazyBatchNorm2d, nn.BatchNorm2d),
+        (nn.LazyBatchNorm3d, nn.BatchNorm3d),
+        (LocalLazy, BatchNormReLU),
+    ],
+)
+def test_a_lazy_layer_is_synchronized_once_it_is_initialized(lazy, plain):
+    dims = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, BatchNormReLU: 2}[plain]
+    x = torch.randn(4, 3, *[2] * dims)
+    model = convert_sync_batchnorm(nn.Sequential(lazy(momentum=0.5)))
+    assert isinstance(model[0], (lazy, syncbn.SyncBatchNorm))
+    assert type(revert_sync_batchnorm(model)[0]) is lazy
+    torch.testing.assert_close(convert_sync_batchnorm(model)(x), lazy(momentum=0.5)(x))
+    y = model(x)
+    assert not isinstance(model[0], nn.modules.lazy.LazyModuleMixin)
+    assert isinstance(model[0], plain)
+    assert isinstance(model[0], syncbn.SyncBatchNorm)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, *range(2, x.dim()))) * 0.75)
+    assert type(revert_sync_batchnorm(model)[0]) is plain
+    torch.testing.assert_close(model(x), y)
 
 
 def test_a_layer_constructed_as_synchronized_reverts_to_one_for_any_dimensions():

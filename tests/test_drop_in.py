@@ -1,0 +1,192 @@
+"""Code written for torch's layers works with ours: filters by class, torch.fx, the same methods and arguments."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from ranks import run_ranks
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+from torch.distributed.device_mesh import init_device_mesh
+from torch.fx.experimental.optimization import fuse
+
+import syncbn
+
+PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("dims", PLAIN)
+def test_a_converted_layer_stays_an_instance_of_its_class_and_checks_its_input(dims):
+    layer = syncbn.convert_sync_batchnorm(PLAIN[dims](3))
+    assert isinstance(layer, (PLAIN[dims], syncbn.SyncBatchNorm))
+    assert isinstance(layer, PLAIN[dims])
+    assert isinstance(layer, syncbn.SyncBatchNorm)
+    assert not any(isinstance(layer, other) for d, other in PLAIN.items() if d != dims)
+    with pytest.raises(ValueError, match=f"expected {dims + 2}D|expected 2D or 3D"):
+        layer(torch.randn(2, 3, *[2] * (dims + 1)))
+    assert type(pickled(layer)) is type(copy.deepcopy(layer)) is type(layer)
+
+
+def pickled(layer: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_timm_freezes_every_layer_of_a_converted_network():
+    plain = torchvision.models.resnet18()
+    model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
+    for network in (plain, model):
+        freeze_batch_norm_2d(network)
+    kinds = [type(module) for module in model.modules()]
+    assert kinds == [type(module) for module in plain.modules()]
+    assert sum("Frozen" in kind.__name__ for kind in kinds) == 20
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_parameters_are_grouped_by_class_as_for_torchs_layers():
+    model = torchvision.models.resnet18()
+    norms = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+    def without_decay(network):
+        return [n for n, m in network.named_modules() if isinstance(m, norms)]
+
+    before = without_decay(model)
+    assert len(before) == 20
+    assert without_decay(syncbn.convert_sync_batchnorm(model)) == before
+
+
+def test_update_bn_resets_and_averages_the_statistics():
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    batches = torch.randn(5, 8, 3)
+    torch.optim.swa_utils.update_bn(batches, model)
+    torch.testing.assert_close(model[0].running_mean, batches.mean((0, 1)))
+    assert model[0].momentum == 0.1
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.second = nn.Conv2d(4, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.norm(self.second(self.first(x))).relu()
+
+
+def calls(graph_module: torch.fx.GraphModule) -> list[str]:
+    return [f"{node.op} {node.target}" for node in graph_module.graph.nodes if node.op.startswith("call")]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_symbolic_trace_records_one_call_per_layer(training, convert_first):
+    torch.manual_seed(0)
+    plain, x = Network().train(training), torch.randn(2, 3, 8, 8)
+    expected = calls(torch.fx.symbolic_trace(plain))
+    model = copy.deepcopy(plain)
+    model = syncbn.convert_sync_batchnorm(model) if convert_first else model
+    traced = torch.fx.symbolic_trace(model)
+    traced = traced if convert_first else syncbn.convert_sync_batchnorm(traced)
+    assert calls(traced) == expected
+    torch.testing.assert_close(traced(x), plain(x))
+    torch.testing.assert_close(traced.state_dict(), plain.state_dict())
+    assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in traced.modules()) == 2
+
+
+def test_a_traced_call_keeps_residual_and_mask():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = syncbn.SyncBatchNorm(3, activation="relu")
+
+        def forward(self, x, residual, mask):
+            return self.norm(x, residual=residual, mask=mask)
+
+    model = Residual()
+    x, residual = torch.randn(2, 4, 3, 2)
+    mask = torch.tensor([True, True, False, True]).view(4, 1, 1)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, residual, mask), model(x, residual, mask))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_feature_extractor_names_the_same_nodes(training):
+    x = torch.randn(2, 3, 32, 32)
+    plain = torchvision.models.resnet18().train(training)
+    model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
+    names = torchvision.models.feature_extraction.get_graph_node_names
+    assert names(model) == names(plain)
+    wanted = {"layer1.0.bn1": "norm", "layer2": "block"}
+    features = [
+        torchvision.models.feature_extraction.create_feature_extractor(network, wanted)(x) for network in (model, plain)
+    ]
+    torch.testing.assert_close(*features, rtol=1e-4, atol=1e-5)
+
+
+def test_fusing_a_traced_network_changes_no_result():
+    model, x = syncbn.convert_sync_batchnorm(Network()), torch.randn(2, 3, 8, 8)
+    model(x)
+    model.eval()
+    expected = model(x)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-4, atol=1e-5)
+    fused = fuse(syncbn.revert_sync_batchnorm(model))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prepare_fx_traces_a_converted_network():
+    model, x = syncbn.convert_sync_batchnorm(Network()).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
+    torch.testing.assert_close(prepared(x), expected)
+    assert sum(call.endswith(("first.1", "norm")) for call in calls(prepared)) == 2
+
+
+def test_the_class_converts_as_torchs_class_does():
+    model = syncbn.SyncBatchNorm.convert_sync_batchnorm(Network(), process_group=None)
+    assert sum(isinstance(module, syncbn.SyncBatchNorm) for module in model.modules()) == 2
+
+
+def test_a_lazy_layer_takes_its_size_from_the_first_input():
+    lazy = syncbn.LazySyncBatchNorm(momentum=0.5, activation="relu", bias=False)
+    x = torch.randn(4, 3, 5)
+    y = lazy(x)
+    twin = syncbn.SyncBatchNorm(3, momentum=0.5, activation="relu", bias=False)
+    assert type(lazy) is syncbn.SyncBatchNorm
+    torch.testing.assert_close(y, twin(x))
+    torch.testing.assert_close(lazy.state_dict(), twin.state_dict())
+    assert repr(lazy) == repr(twin)
+    with pytest.raises(ValueError, match="expected activation to be one of"):
+        syncbn.LazySyncBatchNorm(activation="gelu")
+
+
+def statistics_over_a_mesh() -> tuple[float, float, str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    x = torch.full((2, 1), float(dist.get_rank())) + torch.tensor([[0.0], [1.0]])
+    layer = syncbn.SyncBatchNorm(1, momentum=1.0, process_group=mesh["data"])
+    converted = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(1, momentum=1.0), mesh["model"])
+    layer(x)
+    converted(x)
+    try:
+        syncbn.SyncBatchNorm(1, process_group=mesh)
+    except ValueError as error:
+        return layer.running_mean.item(), converted.running_mean.item(), str(error)
+    return layer.running_mean.item(), converted.running_mean.item(), "accepted"
+
+
+def test_a_device_mesh_of_one_dimension_is_a_group():
+    ranks = run_ranks(4, statistics_over_a_mesh)
+    assert [found[:2] for found in ranks] == [(1.5, 1.0), (2.5, 1.0), (1.5, 3.0), (2.5, 3.0)]
+    assert "expected a DeviceMesh with one dimension, got dimensions ('data', 'model') of sizes (2, 2)" in ranks[0][2]
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert syncbn.__version__.count(".") == 2
