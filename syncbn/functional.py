@@ -1,5 +1,6 @@
 """sync_batch_norm: argument checks, then the autograd Function, in a block where an error reaches every rank."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
-from syncbn.statistics import Epilogue, Running, apply_mask, unpack, update_running_stats_
+from syncbn.statistics import Epilogue, Running, apply_mask, match_layout, unpack, update_running_stats_
 
 
 def sync_batch_norm(
@@ -136,7 +137,11 @@ def evaluate(
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
     if running_mean is not None:  # FSDP casts parameters and not buffers; torch requires one dtype
         weight, bias = (p if p is None else p.to(running_mean.dtype) for p in (weight, bias))
-    y = F.batch_norm(apply_mask(x, mask), running_mean, running_var, weight, bias, False, 0.0, eps)
+    x = apply_mask(x, mask)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    if y.requires_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        # torch 2.14 on CPU: gradients of weight and bias are wrong for some pairs of layouts of x and the gradient
+        y.register_hook(partial(match_layout, x=x.detach()))
     if residual is not None:
         y = y + apply_mask(residual, mask)
     return apply_mask(ACTIVATIONS[activation].apply(y), mask)

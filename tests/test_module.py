@@ -1,6 +1,7 @@
 """SyncBatchNorm in one process: a drop-in for torch's BatchNorm layers."""
 
 import inspect
+import itertools
 import subprocess
 import sys
 
@@ -217,3 +218,38 @@ def test_a_bias_may_change_between_forward_and_backward_if_no_activation_follows
         layer.bias.add_(1)
     y.square().sum().backward()
     torch.testing.assert_close(layer.bias.grad, 2 * y.detach().sum(0))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "transposed": lambda t: t.transpose(1, -1).contiguous().transpose(1, -1),
+    "batch last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+# torch 2.14 on CPU is wrong for x of shape (4, 17, 6, 1), channels last, and a contiguous gradient
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4, 17, 6, 1), (4, 3, 5), (3, 4, 1, 5), (2, 3, 2, 3, 1), (6, 5), (5, 1, 3)], ids=str)
+def test_gradients_are_right_for_every_pair_of_layouts(shape, training):
+    for (own, of_x), (other, of_gradient) in itertools.product(LAYOUTS.items(), repeat=2):
+        if own == "expanded":  # a constant over the batch
+            continue
+        x, grad_output = of_x(torch.randn(shape)), of_gradient(torch.randn(shape))
+        layer = syncbn.SyncBatchNorm(shape[1]).train(training)
+        for tensor in (layer.running_mean, layer.weight, layer.bias):
+            torch.nn.init.normal_(tensor)
+        running = reference.RunningStats(layer.running_mean.double().numpy(), layer.running_var.double().numpy())
+        leaf = x.detach().requires_grad_()
+        grads = torch.autograd.grad(layer(leaf), [leaf, layer.weight, layer.bias], grad_output)
+        whole, gradient = x.contiguous().double().numpy(), grad_output.contiguous().double().numpy()
+        weight = layer.weight.detach().double().numpy()
+        if training:
+            expected = reference.batch_norm_backward(gradient, whole, weight=weight)
+        else:
+            expected = reference.batch_norm_eval_backward(gradient, whole, running=running, weight=weight)
+        for name, found, wanted in zip(expected._fields, grads, expected, strict=True):
+            scale = 1 + np.abs(wanted).max()
+            np.testing.assert_allclose(found / scale, wanted / scale, atol=2e-5, err_msg=f"{name}: {own}, {other}")
