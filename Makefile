@@ -38,7 +38,9 @@ clean: ## remove the environment, caches and run directories
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[train,dev]'
+	@# the trainer is no part of the distribution: this environment finds it in the checkout, from any directory
+	@echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/syncbn-checkout.pth"
 	@# pip would compile on one core; some packages contain files for other Python versions, which do not compile
 	$(BIN)/python -m compileall -qq -j 0 .venv || true
 	@touch $@
