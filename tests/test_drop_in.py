@@ -3,10 +3,12 @@
 import copy
 import io
 
+import lightning
 import pytest
 import torch
 import torch.distributed as dist
 import torchvision
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from ranks import run_ranks
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
@@ -15,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.fx.experimental.optimization import fuse
 
 import syncbn
+from syncbn.lightning import SyncBatchNormPlugin
 
 PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -190,3 +193,37 @@ def test_a_device_mesh_of_one_dimension_is_a_group():
 
 def test_the_version_is_that_of_the_distribution():
     assert syncbn.__version__.count(".") == 2
+
+
+class Regression(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.kinds = []
+
+    def training_step(self, batch, index):
+        self.kinds.append(type(self.model[1]).__name__)
+        return self.model(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train_with_lightning() -> tuple[list[str], str, torch.Tensor]:
+    torch.manual_seed(dist.get_rank())
+    model = Regression()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 3)), batch_size=4)
+    plugins = [SyncBatchNormPlugin(), TorchElasticEnvironment()]
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", plugins=plugins, max_epochs=1, **quiet)
+    trainer.fit(model, loader)
+    return model.kinds, type(model.model[1]).__name__, model.model[1].running_mean
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_lightning_plugin_synchronizes_during_fit_and_reverts():
+    first, second = run_ranks(2, train_with_lightning)
+    for kinds, after, _ in (first, second):
+        assert kinds == ["SyncBatchNorm1d"] * 2
+        assert after == "BatchNorm1d"
+    torch.testing.assert_close(first[2], second[2], rtol=0, atol=0)

@@ -8,9 +8,10 @@ from lightning.pytorch.plugins import LayerSync
 from torch import nn
 
 import syncbn
+from syncbn.lightning import SyncBatchNormPlugin
 from train import distenv
 from train.distenv import Refusal
-from train.plugins import SyncBatchNormPlugin, TorchSyncBatchNormPlugin
+from train.plugins import TorchSyncBatchNormPlugin
 
 FEW_IMAGES = 16  # BatchNorm's error grows below this number: Wu & He 2018, figure 1
 

@@ -1,11 +1,11 @@
-"""Lightning plugins for several ranks: synchronized BatchNorm, atomic checkpoint files, restartable DDP."""
+"""Lightning plugins for several ranks: torch's synchronized BatchNorm, atomic checkpoint files, restartable DDP."""
 
 import inspect
 import io
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,29 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import syncbn
 from train import distenv
 from train.distenv import Refusal
-
-
-class SyncBatchNormPlugin(LayerSync):
-    """Synchronizes BatchNorm over several ranks during fit; before and after, the layers are plain BatchNorm.
-
-    Args:
-        group: all ranks ("world"), the ranks of a node ("node"), or a number of consecutive ranks.
-    """
-
-    def __init__(self, group: int | Literal["world", "node"] = "world") -> None:
-        self.group = group
-
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Return the model with synchronized BatchNorm; Lightning calls this once the process group is initialized."""
-        group = None if self.group == "world" else syncbn.new_sync_groups(self.group)
-        return syncbn.convert_sync_batchnorm(model, group)
-
-    def revert(self, model: nn.Module) -> nn.Module:
-        """Return the model with its original BatchNorm classes."""
-        return syncbn.revert_sync_batchnorm(model)
 
 
 class TorchSyncBatchNormPlugin(LayerSync):
