@@ -24,10 +24,11 @@ from syncbn.functional import (
     is_recomputing,
     most_common_size,
     normalize_over_group,
+    running_of,
     sync_batch_norm,
 )
 from syncbn.module import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_module
-from syncbn.statistics import Epilogue, Running
+from syncbn.statistics import Epilogue
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -218,9 +219,7 @@ class _SyncedFunctional(TorchFunctionMode):
         size = most_common_size(input, list(tensors.values()))
         self.peers.num_features = size
         check_per_channel(size, tensors)
-        running = None
-        if running_mean is not None and running_var is not None:
-            running = Running(running_mean, running_var, None, momentum)
+        running = running_of(running_mean, running_var, None, momentum)
         options: Any = {"num_features": size, "eps": eps, "running": running}
         return normalize_over_group(self.peers, input, weight, bias, Epilogue(), **options)
 

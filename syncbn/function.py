@@ -94,5 +94,5 @@ def _check_count(packed: Tensor, x: Tensor, mask: Tensor | None, ranks: int) -> 
     if count == 1:
         raise ValueError(
             f"expected more than 1 value per channel when training, got 1 over all {ranks} ranks (here: input of shape "
-            f"{tuple(x.shape)}): use a larger batch, or call .eval()"
+            f"{tuple(x.shape)}): use a larger batch, or evaluate with running statistics"
         )

@@ -71,9 +71,7 @@ def sync_batch_norm(
         peers.announce(input, weight, bias)
         check_activation(activation)
         check_per_channel(num_features, tensors)
-        running = None
-        if running_mean is not None and running_var is not None:
-            running = Running(running_mean, running_var, None, momentum)
+        running = running_of(running_mean, running_var, None, momentum)
         return normalize_over_group(
             peers, input, weight, bias, epilogue, num_features=num_features, eps=eps, running=running
         )
@@ -132,6 +130,7 @@ def evaluate(
         ValueError: an argument does not fit; on this rank alone.
     """
     residual, mask, activation = epilogue
+    running_of(running_mean, running_var, None, None)
     parameter = _first(weight, running_mean, bias)
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
@@ -145,6 +144,22 @@ def evaluate(
     if residual is not None:
         y = y + apply_mask(residual, mask)
     return apply_mask(ACTIVATIONS[activation].apply(y), mask)
+
+
+def running_of(
+    mean: Tensor | None, var: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None
+) -> Running | None:
+    """Return the running statistics, None if there are none.
+
+    Raises:
+        ValueError: there is one of mean and var; on this rank alone.
+    """
+    if mean is None and var is None:
+        return None
+    if mean is None or var is None:
+        names = ("running_var", "running_mean") if mean is None else ("running_mean", "running_var")
+        raise ValueError(f"expected running_mean and running_var, or neither, got {names[0]} and {names[1]}=None")
+    return Running(mean, var, num_batches_tracked, momentum)
 
 
 def is_recomputing() -> bool:

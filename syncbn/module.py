@@ -14,7 +14,7 @@ from syncbn import groups
 from syncbn.activations import check_activation
 from syncbn.checks import note_evaluation
 from syncbn.collectives import release_peers
-from syncbn.functional import evaluate, normalize_over_group
+from syncbn.functional import evaluate, normalize_over_group, running_of
 from syncbn.groups import LOCAL, Group
 from syncbn.statistics import Epilogue, Running
 
@@ -80,7 +80,8 @@ class BatchNorm(_BatchNorm):
             weight, bias = self.weight, self.bias
             peers.announce(input, weight, bias)
             self._check_input_dim(input)
-            running = self._running() if self.training and self.track_running_stats else None
+            running = self._running()
+            running = running if self.training and self.track_running_stats else None
             return normalize_over_group(peers, input, weight, bias, epilogue, running=running, **options)
 
     def reset_parameters(self) -> None:
@@ -97,12 +98,18 @@ class BatchNorm(_BatchNorm):
         text += f", activation={self.activation}" if self.activation != "identity" else ""
         return text + (f", temperature={self.temperature}" if self.temperature != 1 else "")
 
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
+        raise TypeError(
+            f"expected torch's own layers for torch.jit.script, got a {type(self).__name__}: call "
+            "syncbn.revert_sync_batchnorm(model) first; torch.jit.trace and torch.export take the model as it is"
+        )
+
     def _group(self) -> Group:
         return LOCAL
 
     def _running(self) -> Running | None:
         mean, var = self.running_mean, self.running_var  # looked up once: attribute access of a module is slow
-        return None if mean is None or var is None else Running(mean, var, self.num_batches_tracked, self.momentum)
+        return running_of(mean, var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # any number; `check_input` requires at least two

@@ -66,6 +66,7 @@ def recalibrate(
             try:
                 model(batch)
             except Exception as error:
+                error.add_note(f"This was batch {read + is_own} of recalibrate on this rank, {tuple(batch.shape)}.")
                 if communicates:  # the other ranks are in the model's collectives, not in those between steps
                     raise
                 steps.throw(error)

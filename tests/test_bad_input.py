@@ -402,6 +402,40 @@ def test_constructor_arguments_are_checked(arguments, message):
         syncbn.SyncBatchNorm(**arguments)
 
 
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_running_statistic_of_two_is_refused(missing, training):
+    tensors = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)} | {missing: None}
+    layer = syncbn.SyncBatchNorm(3).train(training)
+    setattr(layer, missing, None)
+    for call in (lambda: layer(GOOD), lambda: syncbn.sync_batch_norm(GOOD, **tensors, training=training)):
+        with pytest.raises(ValueError, match=f"expected running_mean and running_var, or neither, .*{missing}=None"):
+            call()
+
+
+def test_evaluation_without_running_statistics_does_not_advise_to_evaluate():
+    layer = syncbn.SyncBatchNorm(3, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match="use a larger batch, or evaluate with running statistics"):
+        layer(torch.randn(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_scripting_says_to_revert_first():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).eval()
+    with pytest.raises(TypeError, match="got a SyncBatchNorm1d: call syncbn"):
+        torch.jit.script(syncbn.convert_sync_batchnorm(model))
+    scripted = torch.jit.script(syncbn.revert_sync_batchnorm(model))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(scripted(x), model(x))
+
+
+def test_recalibrate_names_the_batch_that_is_too_small():
+    model = syncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    with pytest.raises(ValueError, match="more than 1 value per channel") as error:
+        syncbn.recalibrate(model, torch.randn(9, 3).split(4))
+    assert error.value.__notes__ == ["This was batch 3 of recalibrate on this rank, (1, 3)."]
+
+
 def outside_of_the_group() -> str:
     groups = [dist.new_group([0]), dist.new_group([1])]
     layer = syncbn.SyncBatchNorm(3, process_group=groups[0])
