@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from syncbn.groups import Group, group_size
+from syncbn.groups import Group, default_device, group_size
 
 ENVIRONMENT_VARIABLE = "SYNCBN_DETECT_DESYNC"
 POLL_S = 0.002
@@ -234,8 +234,7 @@ class _Detector:
     def _timeout_s(self, group: Any) -> float:
         if self.timeout_s is not None:
             return self.timeout_s
-        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-        return group._get_backend(device).options._timeout.total_seconds() / 2
+        return group._get_backend(default_device(group)).options._timeout.total_seconds() / 2
 
 
 def _same_call(record: Record, other: Record) -> bool:

@@ -128,6 +128,23 @@ class release_peers:
         self._check(total.detach())
         return total
 
+    def check_count(self, packed: Tensor, x: Tensor, mask: Tensor | None) -> None:
+        """Raise ValueError, on every rank, if `packed` counts one value per channel over all ranks.
+
+        On an accelerator, reading the count makes the host wait. A rank with two values or more knows that it is not 1,
+        so only the other ranks read it.
+        """
+        count: float = x.numel() // x.shape[1]
+        if self.ranks > 1 or mask is not None:
+            if not is_readable(packed) and not (count <= 1 and mask is None and _may_wait_for(packed)):
+                return
+            count = packed.detach().cpu().numpy()[0]  # .item() fails under tracing
+        if count == 1:
+            raise ValueError(
+                f"expected more than 1 value per channel when training, got 1 over all {self.ranks} ranks (here: input "
+                f"of shape {tuple(x.shape)}): use a larger batch, or evaluate with running statistics"
+            )
+
     def _check(self, values: Tensor) -> None:
         if self.ranks > 1 and is_readable(values) and math.isnan(values.numpy()[0]):
             error = ValueError(
@@ -167,6 +184,10 @@ class release_peers:
 def is_readable(values: Tensor) -> bool:
     """Return whether the host can read the values without waiting for a device, and they are not traced."""
     return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
+
+
+def _may_wait_for(values: Tensor) -> bool:
+    return values.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 class AllReduce(torch.autograd.Function):

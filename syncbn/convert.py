@@ -79,6 +79,14 @@ def convert_sync_batchnorm(module: ModuleT, process_group: Any = None) -> Module
     return module
 
 
+def _class_method(cls: type[SyncBatchNorm], module: ModuleT, process_group: Any = None) -> ModuleT:
+    """Call `syncbn.convert_sync_batchnorm`, for code written for torch's class; in place, unlike torch's method."""
+    return convert_sync_batchnorm(module, process_group)
+
+
+SyncBatchNorm.convert_sync_batchnorm = classmethod(_class_method)  # type: ignore[assignment]
+
+
 def revert_sync_batchnorm(module: ModuleT) -> ModuleT:
     """Restore the class of every `SyncBatchNorm` in `module`, including itself; return `module`.
 
@@ -256,7 +264,7 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
         tracked = self.num_batches_tracked.clone() if is_recomputing() and self.track_running_stats else None
         try:
             with release_peers(self.process_group, self.num_features, layer=self) as peers:
-                peers.announce(args[0] if args else None, self.weight, self.bias)
+                peers.announce(next(iter((*args, *kwargs.values())), None), self.weight, self.bias)
                 with _SyncedFunctional(peers) if calls_functional else nullcontext():
                     return plain_class.forward(self, *args, **kwargs)
         finally:  # checkpointing ends a recomputation by an exception once it has all tensors

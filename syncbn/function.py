@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import backends, checks, collectives, differentiable
+from syncbn import backends, checks, differentiable
 from syncbn.collectives import release_peers
 from syncbn.statistics import Channels, Epilogue, OutputMask, Running, match_layout
 
@@ -36,7 +36,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Return y like x, and move the running statistics in place."""
         backend = backends.select(x, mask)
         packed = peers.all_reduce_(backend.pack_stats(x, mask))
-        _check_count(packed, x, mask, peers.ranks)
+        peers.check_count(packed, x, mask)
         running = None
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, num_batches_tracked, momentum)
@@ -77,22 +77,3 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if needs_x:
             grad_input = ctx.backend.backward_elemt(grad_output, x, channels, epilogue, reduced, count=count)
         return grad_input, reduced.grad_weight, reduced.grad_bias, reduced.dy if needs[2] else None, *[None] * 8
-
-
-def _check_count(packed: Tensor, x: Tensor, mask: Tensor | None, ranks: int) -> None:
-    """Raise ValueError, on every rank, if there is one value per channel over all ranks.
-
-    On an accelerator, reading the count makes the host wait. A rank with two values or more knows that it is not 1, so
-    only the other ranks read it.
-    """
-    count: float = x.numel() // x.shape[1]
-    if ranks > 1 or mask is not None:
-        may_wait = packed.is_cuda and count <= 1 and mask is None and not torch.compiler.is_compiling()
-        if not collectives.is_readable(packed) and not (may_wait and not torch.cuda.is_current_stream_capturing()):
-            return
-        count = packed.detach().cpu().numpy()[0]  # .item() fails under tracing
-    if count == 1:
-        raise ValueError(
-            f"expected more than 1 value per channel when training, got 1 over all {ranks} ranks (here: input of shape "
-            f"{tuple(x.shape)}): use a larger batch, or evaluate with running statistics"
-        )

@@ -12,7 +12,7 @@ from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
-from syncbn.statistics import Epilogue, Running, apply_mask, match_layout, unpack, update_running_stats_
+from syncbn.statistics import Epilogue, Running, apply_mask, match_layout
 
 
 def sync_batch_norm(
@@ -103,11 +103,11 @@ def normalize_over_group(
     parameter = _first(weight, None if running is None else running.mean, bias)
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
+    if torch.jit.is_tracing() and peers.ranks == 1:
+        # it would record in-place operations of the Function twice; without the Function they are differentiable too
+        packed = backends.PLAIN.pack_stats(x, mask)
+        return backends.PLAIN.normalize(x, packed, weight, bias, epilogue, eps=eps, ranks=1, running=running)[0]
     moved = (None, None, None, None) if running is None or is_recomputing() else running
-    if running is not None and torch.jit.is_tracing():  # it records what the Function does to its arguments twice
-        count, mean, var = unpack(backends.PLAIN.pack_stats(x.detach(), mask))
-        update_running_stats_(running, count=count, mean=mean, var=var)
-        moved = (None, None, None, None)
     y: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
     return y
 
@@ -124,7 +124,9 @@ def evaluate(
     eps: float,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the same with running statistics, in operations that every exporter supports; nothing communicates.
+    """Return `activation(temperature * bn(x) + residual)` with running statistics; nothing communicates.
+
+    All operations are supported by exporters.
 
     Raises:
         ValueError: an argument does not fit; on this rank alone.

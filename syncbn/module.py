@@ -1,6 +1,7 @@
 """SyncBatchNorm and its local twin: parameters, buffers, train/eval policy, running statistics."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,7 @@ class SyncBatchNorm(BatchNorm):
     process_group: dist.ProcessGroup | None = None
     unsynced_class: type[_BatchNorm] | None = None  # the class before conversion, which revert restores
     unsynced_group: dist.ProcessGroup | None = None
+    convert_sync_batchnorm: ClassVar[Callable[..., nn.Module]]  # defined in convert.py, which builds on this class
 
     def __init__(
         self,
@@ -195,13 +197,6 @@ class SyncBatchNorm(BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if self.unsynced_class is not None and isinstance(input, Tensor):
             self.unsynced_class._check_input_dim(self, input)  # a former BatchNorm2d still wants (N, C, H, W)
-
-    @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Call `syncbn.convert_sync_batchnorm`, for code written for torch's class; in place, unlike torch's."""
-        from syncbn.convert import convert_sync_batchnorm  # which builds on this class
-
-        return convert_sync_batchnorm(module, process_group)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -1,6 +1,7 @@
 """Population statistics for evaluation: measured over a data set, or merged from ranks that trained without sync."""
 
 import math
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from syncbn import backends
 from syncbn.collectives import all_reduce_
 from syncbn.groups import group_size
 from syncbn.module import SyncBatchNorm
-from syncbn.statistics import pack, unpack
+from syncbn.statistics import pack, unbiased, unpack
 
 
 @torch.no_grad()
@@ -59,8 +60,9 @@ def recalibrate(
     layers = _tracking_layers(model)
     communicates = any(isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm) for layer in model.modules())
     sums: dict[int, Tensor] = {}
+    calls: Counter[int] = Counter()
     read = 0
-    with _only_batch_norms_in_training(model, layers), _observed(layers, sums):
+    with _only_batch_norms_in_training(model, layers), _observed(layers, sums, calls):
         steps = _in_step(batches, num_batches, process_group)
         for batch, is_own in steps:
             try:
@@ -72,7 +74,7 @@ def recalibrate(
                 steps.throw(error)
             read += is_own
     if layers:
-        _write_population_statistics(layers, sums, process_group)
+        _write_population_statistics(layers, sums, calls, process_group)
     return read
 
 
@@ -105,7 +107,7 @@ def merge_running_stats(model: nn.Module, count: float = 1.0, process_group: dis
             "over all (nan: another rank's is not valid)"
         )
     for layer, vector in zip(layers, merged, strict=True):
-        _, mean, var = unpack(vector / total)  # a weight may be below 1, a count may not
+        _, mean, var = unpack(vector / total, group_size(process_group))  # a weight may be below 1, a count may not
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
 
@@ -132,14 +134,15 @@ def _only_batch_norms_in_training(model: nn.Module, layers: list[Any]) -> Iterat
 
 
 @contextmanager
-def _observed(layers: list[Any], sums: dict[int, Tensor]) -> Iterator[None]:
-    """Add the packed statistics of each input of this rank to `sums`, by index of the layer."""
+def _observed(layers: list[Any], sums: dict[int, Tensor], calls: Counter[int]) -> Iterator[None]:
+    """Add the packed statistics of each input of this rank to `sums`, and count them, by index of the layer."""
 
     def observe(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         mask = args[2] if len(args) > 2 else kwargs.get("mask")
         packed = backends.select(x, mask).pack_stats(x, mask)
         sums[index] = sums[index] + packed if index in sums else packed
+        calls[index] += 1
 
     handles = [
         layer.register_forward_pre_hook(partial(observe, index), with_kwargs=True) for index, layer in enumerate(layers)
@@ -217,16 +220,15 @@ def _empty_batch(template: Tensor | None, shape: torch.Size, dtype: torch.dtype,
 
 
 def _write_population_statistics(
-    layers: list[Any], sums: dict[int, Tensor], process_group: dist.ProcessGroup | None
+    layers: list[Any], sums: dict[int, Tensor], calls: Counter[int], process_group: dist.ProcessGroup | None
 ) -> None:
     vectors = [
         sums.get(index, layer.running_mean.new_zeros(2 * layer.num_features + 1, dtype=torch.float64))
         for index, layer in enumerate(layers)
     ]
     total = all_reduce_(torch.cat(vectors), process_group).split([len(vector) for vector in vectors])
-    for layer, vector in zip(layers, total, strict=True):
-        count, mean, var = unpack(vector)
+    for index, (layer, vector) in enumerate(zip(layers, total, strict=True)):
+        count, mean, var = unpack(vector, calls[index] * group_size(process_group))  # ranks take equally many steps
         seen = count > 0  # a layer that the model did not use keeps what it has
         layer.running_mean.copy_(torch.where(seen, mean, layer.running_mean))
-        unbiased_var = var * (count / (count - 1).clamp(min=1))
-        layer.running_var.copy_(torch.where(seen, unbiased_var, layer.running_var))
+        layer.running_var.copy_(torch.where(seen, unbiased(var, count), layer.running_var))

@@ -72,14 +72,14 @@ def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:
     return torch.cat([count.reshape(1), total, M2 + total * mean])
 
 
-def unpack(packed: Tensor, ranks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(packed: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return count (), mean (C,) and biased var (C,), float64; all zero if the count is 0.
 
     A variance within the rounding of mean^2 is 0, so that a constant channel has no variance on any number of ranks.
 
     Args:
         packed: (2C + 1,) float64, the sum over ranks of the vectors that `pack` makes.
-        ranks: number of vectors in the sum.
+        ranks: number of vectors in the sum, those of ranks or (in recalibrate) of batches.
     """
     num_channels = (packed.shape[0] - 1) // 2
     count = packed[0].clone()  # a view would keep the whole vector alive
@@ -187,9 +187,13 @@ def update_running_stats_(running: Running, *, count: Tensor, mean: Tensor, var:
         running.num_batches_tracked.add_(is_valid)
         if running.momentum is None:
             momentum = 1 / running.num_batches_tracked.clamp(min=1).double()
-    unbiased_var = var * (count / (count - 1).clamp(min=1))
-    for own, batch in ((running.mean, mean), (running.var, unbiased_var)):
+    for own, batch in ((running.mean, mean), (running.var, unbiased(var, count))):
         own.copy_(torch.where(is_valid, own + momentum * (batch - own), own))
+
+
+def unbiased(var: Tensor, count: Tensor) -> Tensor:
+    """Return the unbiased variance, `var * n / (n - 1)`; 0 times `var` where n is 0."""
+    return var * (count / (count - 1).clamp(min=1))
 
 
 def _detach(values: Tensor) -> Tensor:

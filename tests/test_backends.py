@@ -223,11 +223,16 @@ def test_whoever_records_operations_one_by_one_gets_all_of_them():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_traced_call_in_training_counts_one_batch():
+def test_each_traced_call_in_training_counts_one_batch_and_has_the_right_gradients():
     layer, x = syncbn.SyncBatchNorm(5), torch.randn(4, 5, 6, 7)
     traced = torch.jit.trace(layer, (x,), check_trace=False)
     before = layer.num_batches_tracked.item()
-    traced(x)
+    leaf, twin = x.clone().requires_grad_(), syncbn.SyncBatchNorm(5)
+    grad_output = torch.randn(x.shape)
+    grads = [
+        torch.autograd.grad(f(leaf), [leaf, *m.parameters()], grad_output) for f, m in ((traced, layer), (twin, twin))
+    ]
+    torch.testing.assert_close(*grads)
     assert layer.num_batches_tracked == before + 1
 
 

@@ -195,3 +195,10 @@ def test_a_failure_on_one_rank_is_raised_on_every_rank(where):
     (other, own) = run_ranks(2, fails_on_one_rank, where)
     assert own.startswith(FAILURES[where])
     assert other.startswith("RuntimeError: expected every rank of the group to go on, got from ranks {1: ")
+
+
+def test_constants_have_no_variance_after_many_batches():
+    model = syncbn.SyncBatchNorm(500, dtype=torch.float64)
+    x = (torch.randn(500, dtype=torch.float64) * 100).expand(3, 500)
+    syncbn.recalibrate(model, [x] * 1000)
+    assert model.running_var.abs().sum() == 0

@@ -24,7 +24,7 @@ def packed_by_rank(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("sizes", [[12], [6, 6], [1, 11], [0, 5, 7], [0, 12, 0]], ids=str)
 def test_the_sum_of_packed_vectors_unpacks_to_the_statistics_of_the_whole_batch(sizes):
     x = torch.randn(12, 3, 5, dtype=torch.float64) + 7
-    count, mean, var = unpack(packed_by_rank(x, sizes).sum(0))
+    count, mean, var = unpack(packed_by_rank(x, sizes).sum(0), len(sizes))
     expected = reference.batch_norm(x.numpy())
     assert count.item() == expected.count
     np.testing.assert_allclose(mean.numpy(), expected.mean, rtol=1e-13)
@@ -33,23 +33,25 @@ def test_the_sum_of_packed_vectors_unpacks_to_the_statistics_of_the_whole_batch(
 
 def test_the_order_of_ranks_changes_nothing_beyond_rounding():
     vectors = packed_by_rank(torch.randn(12, 3, 5, dtype=torch.float64), [2, 3, 7])
-    torch.testing.assert_close(unpack(vectors.sum(0))[2], unpack(vectors[[2, 0, 1]].sum(0))[2], rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        unpack(vectors.sum(0), 3)[2], unpack(vectors[[2, 0, 1]].sum(0), 3)[2], rtol=1e-13, atol=0
+    )
 
 
 def test_an_empty_batch_unpacks_to_zeros():
-    count, mean, var = unpack(packed_by_rank(torch.zeros(0, 3, dtype=torch.float64), [0, 0]).sum(0))
+    count, mean, var = unpack(packed_by_rank(torch.zeros(0, 3, dtype=torch.float64), [0, 0]).sum(0), 2)
     assert count == 0
     assert mean.tolist() == var.tolist() == [0, 0, 0]
 
 
 def test_the_variance_is_never_negative_whatever_the_rounding():
     packed = pack(torch.tensor(3.0, dtype=torch.float64), torch.full((50,), 1 / 3 + 1e6), torch.zeros(50))
-    assert (unpack(packed)[2] >= 0).all()
+    assert (unpack(packed, 1)[2] >= 0).all()
 
 
 def test_counts_are_exact_beyond_what_float32_can_hold():
     packed = pack(torch.tensor(2.0**24 + 1, dtype=torch.float64), torch.zeros(1), torch.zeros(1))
-    assert unpack(packed + packed)[0].item() == 2**25 + 2
+    assert unpack(packed + packed, 2)[0].item() == 2**25 + 2
 
 
 def test_invstd_of_nothing_is_zero_not_infinite():
@@ -60,7 +62,7 @@ def test_invstd_of_nothing_is_zero_not_infinite():
 def test_running_statistics_move_as_the_oracle_says(dtype):
     running_mean, running_var = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
     x = torch.randn(8, 3, 4, dtype=torch.float64) * 2 + 1
-    count, mean, var = unpack(packed_by_rank(x, [8])[0])
+    count, mean, var = unpack(packed_by_rank(x, [8])[0], 1)
     update_running_stats_(Running(running_mean, running_var, None, 0.1), count=count, mean=mean, var=var)
     batch = reference.batch_norm(x.numpy())
     expected = reference.update_running_stats(
