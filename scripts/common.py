@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +45,7 @@ class MeanOfSquares(nn.BatchNorm2d):
         """
         values = x.to(self.weight.dtype)
         moments = torch.cat([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
-        moments = syncbn.collectives.AllReduce.apply(moments, None) / _world_size()
+        moments = (dist_nn.all_reduce(moments) if dist.is_initialized() else moments) / _world_size()
         mean, square = moments.chunk(2)
         var = square - mean.square()
         _update_running_(self, mean, var, x.numel() // x.shape[1] * _world_size())

@@ -6,14 +6,18 @@ takes part with NaN, and the others raise too.
 
 import math
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn import checks
+from syncbn import checks, transforms
 from syncbn.groups import Group, default_device, group_size
+
+ErrorT = TypeVar("ErrorT", bound=Exception)
 
 _ANNOUNCED = "_syncbn_announced"  # attribute of an error that the other ranks know of
 
@@ -68,6 +72,7 @@ class release_peers:
         self.outer: release_peers | None = None
         self.is_open = False
         self.record: checks.Record | None = None
+        self.check_sum: Callable[[Tensor], None] | None = None  # called with the sum over ranks, outside of transforms
 
     def __enter__(self) -> "release_peers":
         if self.ranks == 1 or torch.compiler.is_compiling():
@@ -90,16 +95,20 @@ class release_peers:
             return
         raised = error
         if not isinstance(error, ValueError):
-            name = "sync_batch_norm" if self.layer is None else type(self.layer).__name__
             raised = ValueError(
-                f"expected every rank of the group to reach the all-reduce of {name}, got on this one "
+                f"expected every rank of the group to reach the all-reduce of {self.name}, got on this one "
                 f"{type(error).__name__}: {error}"
             )
-        setattr(raised, _ANNOUNCED, True)
+        _announced(raised)
         if not (self.record is None and checks.announce_failure(error)):
             self._refuse(raised)
         if raised is not error:
             raise raised from error
+
+    @property
+    def name(self) -> str:
+        """What the caller is named in messages."""
+        return "sync_batch_norm" if self.layer is None else type(self.layer).__name__
 
     def announce(self, x: Any, weight: Any, bias: Any) -> None:
         """With `detect_desync`, agree with the other ranks on this forward pass."""
@@ -114,19 +123,25 @@ class release_peers:
         """
         self.are_waiting = False
         all_reduce_(values, self.process_group)
-        self._check(values)
+        self.check_for_refusal(values)
         return values
 
-    def differentiable_all_reduce(self, values: Tensor, second: "release_peers") -> Tensor:
+    def differentiable_all_reduce(self, values: Tensor, second: "release_peers | None" = None) -> Tensor:
         """Return the sum as a differentiable function of `values`, which are not changed.
 
         Args:
             second: the block that ends with the all-reduce of the first derivative.
+
+        Raises:
+            ValueError: as `all_reduce_`; and in a group of several ranks under vmap over `values`, on every rank.
         """
-        self.are_waiting = False
-        total: Tensor = AllReduce.apply(values, self.process_group, second)
-        self._check(total.detach())
+        total: Tensor = _AllReduceOfStatistics.apply(values, self.process_group, self, second)
         return total
+
+    def check_for_refusal(self, values: Tensor) -> None:
+        """Raise ValueError if another rank has raised, and the values, (*B, 2C + 1), are on CPU."""
+        if self.ranks > 1 and is_readable(values) and numpy.isnan(values.numpy()[..., 0]).any():
+            raise _refusal()
 
     def check_count(self, packed: Tensor, x: Tensor, mask: Tensor | None) -> None:
         """Raise ValueError, on every rank, if `packed` counts one value per channel over all ranks.
@@ -134,24 +149,17 @@ class release_peers:
         On an accelerator, reading the count makes the host wait. A rank with two values or more knows that it is not 1,
         so only the other ranks read it.
         """
-        count: float = x.numel() // x.shape[1]
+        is_single = x.numel() // x.shape[1] == 1
         if self.ranks > 1 or mask is not None:
-            if not is_readable(packed) and not (count <= 1 and mask is None and _may_wait_for(packed)):
+            may_be_single = x.numel() <= x.shape[1] and mask is None
+            if not is_readable(packed) and not (may_be_single and _may_wait_for(packed)):
                 return
-            count = packed.detach().cpu().numpy()[0]  # .item() fails under tracing
-        if count == 1:
+            is_single = (packed.detach().cpu().numpy()[..., 0] == 1).any()  # .item() fails under tracing
+        if is_single:
             raise ValueError(
                 f"expected more than 1 value per channel when training, got 1 over all {self.ranks} ranks (here: input "
                 f"of shape {tuple(x.shape)}): use a larger batch, or evaluate with running statistics"
             )
-
-    def _check(self, values: Tensor) -> None:
-        if self.ranks > 1 and is_readable(values) and math.isnan(values.numpy()[0]):
-            error = ValueError(
-                "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
-            )
-            setattr(error, _ANNOUNCED, True)
-            raise error
 
     def _refuse(self, error: Exception) -> None:
         """Take part in the all-reduce with NaN; if that fails, say so in a note to the error."""
@@ -164,7 +172,8 @@ class release_peers:
         for device in devices:
             try:
                 size = 2 * self.num_features + 1  # type: ignore[operator]
-                all_reduce_(torch.full((size,), torch.nan, dtype=torch.float64, device=device), self.process_group)
+                vector = torch.full((size,), torch.nan, dtype=torch.float64, device=device)
+                _AllReduce.apply(vector, self.process_group, None, None)
                 return
             except Exception as failure:
                 reasons.append(f"on {device}: {failure}")
@@ -183,32 +192,141 @@ class release_peers:
 
 def is_readable(values: Tensor) -> bool:
     """Return whether the host can read the values without waiting for a device, and they are not traced."""
-    return values.is_cpu and type(values) is Tensor and not torch.compiler.is_compiling()
+    is_plain = type(values) is Tensor and not torch.compiler.is_compiling()
+    return is_plain and values.is_cpu and not transforms.is_wrapped(values)
 
 
 def _may_wait_for(values: Tensor) -> bool:
     return values.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
-class AllReduce(torch.autograd.Function):
-    """Differentiable sum over ranks; its backward is the sum over ranks of the gradients, itself differentiable."""
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks of (2C + 1,) float64 vectors. Its derivative, in either mode, is the sum of the derivatives.
+
+    Under vmap, derivatives travel together, (B, 2C + 1), if all ranks have equally many; if not, every rank raises.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, process_group: Group, block: release_peers | None = None) -> Tensor:
-        """Return the sum over the ranks of the group; `block` ends with the all-reduce of the first backward pass."""
-        ctx.process_group, ctx.block = process_group, block
-        return all_reduce_(values.clone(), process_group)
+    def forward(
+        values: Tensor, process_group: Group, block: release_peers | None, second: release_peers | None
+    ) -> Tensor:
+        """Return the sum over the ranks of the group.
+
+        Args:
+            block: ends with this all-reduce.
+            second: ends with the all-reduce of the first derivative.
+        """
+        if transforms.is_batched_gradient(values):
+            values, level = transforms.unbatched_gradient(values)
+            return transforms.batched_gradient(_sum_over_ranks(values, process_group, block), level)
+        return _sum_over_ranks(values, process_group, block)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the derivative needs: no tensor."""
+        _, ctx.process_group, _, ctx.second = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the sum over the ranks of `grad_output`."""
-        block, ctx.block = ctx.block, None
-        if block is not None:
-            block.are_waiting = False
-        total = AllReduce.apply(grad_output, ctx.process_group)
+        second, ctx.second = ctx.second, None
+        return _AllReduce.apply(grad_output, ctx.process_group, second, None), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        """Return the sum over the ranks of `tangent`."""
+        total: Tensor = _AllReduce.apply(tangent, ctx.process_group, None, None)
+        return total
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        values: Tensor,
+        process_group: Group,
+        block: release_peers | None,
+        second: release_peers | None,
+    ) -> tuple[Tensor, int]:
+        """Sum all vectors at once."""
+        total: Tensor = _AllReduce.apply(values.movedim(in_dims[0] or 0, 0), process_group, block, second)
+        return total, 0
+
+
+class _AllReduceOfStatistics(_AllReduce):
+    """The same for the statistics of a batch, of which a group of several ranks has one."""
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        values: Tensor,
+        process_group: Group,
+        block: release_peers | None,
+        second: release_peers | None,
+    ) -> tuple[Tensor, int]:
+        """Sum all vectors at once in a group of one rank.
+
+        Raises:
+            ValueError: in a group of several ranks; `release_peers` makes every rank raise.
+        """
         if block is not None and block.ranks > 1:
-            block._check(total.detach())
-        return total, None, None
+            raise ValueError(
+                f"expected one batch in each call of {block.name} on {block.ranks} ranks, got torch.func.vmap over its "
+                "input: loop instead, or give the layer a group of one rank (syncbn.revert_sync_batchnorm)"
+            )
+        total: Tensor = _AllReduceOfStatistics.apply(values.movedim(in_dims[0] or 0, 0), process_group, block, second)
+        return total, 0
+
+
+def _sum_over_ranks(values: Tensor, process_group: Group, block: release_peers | None) -> Tensor:
+    """Return the sum over ranks of (*B, 2C + 1) vectors, in which B are the sizes of vmaps.
+
+    Raises:
+        ValueError: the ranks have different B; on every rank.
+        ValueError: another rank has raised, and the values are on CPU.
+    """
+    if block is not None:
+        block.are_waiting = False
+    values = values.clone(memory_format=torch.contiguous_format)
+    if group_size(process_group) > 1:
+        if values.dim() > 1:
+            _check_batch_sizes(values[..., 0].numel(), values.new_zeros(values.shape[-1]), process_group)
+        all_reduce_(values, process_group)
+    if block is not None:
+        block.check_for_refusal(values)
+        if block.check_sum is not None:
+            block.check_sum(values)
+    return values
+
+
+def _check_batch_sizes(size: int, vector: Tensor, process_group: Group) -> None:
+    """Raise ValueError on every rank unless all have the same `size`; the vector is like those in other collectives."""
+    vector[1], vector[2] = size, size * size
+    refusal, total, squares = all_reduce_(vector, process_group)[:3].tolist()
+    if math.isnan(refusal):
+        raise _refusal()
+    ranks = group_size(process_group)
+    if total * total != ranks * squares:  # they are equal for equal sizes alone
+        raise _announced(
+            ValueError(
+                f"expected vmap over equally many derivatives on all {ranks} ranks of the group, got {size} here and "
+                f"{total:.0f} in all: each is a sum over the ranks, so give every rank the same number"
+            )
+        )
+
+
+def _refusal() -> ValueError:
+    return _announced(
+        ValueError(
+            "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
+        )
+    )
+
+
+def _announced(error: ErrorT) -> ErrorT:
+    """Return the error, marked as one that every rank of the group raises or knows of."""
+    setattr(error, _ANNOUNCED, True)
+    return error
 
 
 class _Blocks(threading.local):

@@ -8,6 +8,7 @@ from torch import Tensor
 from syncbn import backends, checks, differentiable
 from syncbn.collectives import release_peers
 from syncbn.statistics import Channels, Epilogue, OutputMask, Running, match_layout
+from syncbn.transforms import is_batched, is_transformed
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -62,7 +63,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             if bias is None and ctx.bias_dtype is not None:
                 bias = torch.zeros_like(mean, dtype=ctx.bias_dtype)
             is_compiling = torch.compiler.is_compiling()  # gradients may be enabled there without create_graph
-            if not is_compiling and (torch.is_grad_enabled() or differentiable.is_batched(grad_output)):
+            if not is_compiling and (torch.is_grad_enabled() or is_batched(grad_output) or is_transformed(grad_output)):
                 grads = differentiable.backward(
                     grad_output, x, weight, bias, epilogue, ctx.needs_input_grad[:4],
                     count=count, mean=mean, eps=ctx.eps, peers=peers,

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncbn import backends
+from syncbn import backends, differentiable
 from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
 from syncbn.statistics import Epilogue, Running, apply_mask, match_layout
+from syncbn.transforms import is_transformed
 
 
 def sync_batch_norm(
@@ -103,11 +104,14 @@ def normalize_over_group(
     parameter = _first(weight, None if running is None else running.mean, bias)
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
+    running = None if is_recomputing() else running
+    if is_transformed(x, weight, bias, residual):
+        return differentiable.forward(x, weight, bias, epilogue, eps=eps, running=running, peers=peers)
     if torch.jit.is_tracing() and peers.ranks == 1:
         # it would record in-place operations of the Function twice; without the Function they are differentiable too
         packed = backends.PLAIN.pack_stats(x, mask)
         return backends.PLAIN.normalize(x, packed, weight, bias, epilogue, eps=eps, ranks=1, running=running)[0]
-    moved = (None, None, None, None) if running is None or is_recomputing() else running
+    moved = (None, None, None, None) if running is None else running
     y: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
     return y
 
@@ -138,6 +142,9 @@ def evaluate(
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
     if running_mean is not None:  # FSDP casts parameters and not buffers; torch requires one dtype
         weight, bias = (p if p is None else p.to(running_mean.dtype) for p in (weight, bias))
+    if running_mean is not None and running_var is not None and is_transformed(x, weight, bias, residual):
+        mean, var = running_mean.double(), running_var.double()
+        return differentiable.normalize(x, mean, var, weight, bias, epilogue, eps=eps)
     x = apply_mask(x, mask)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     if y.requires_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
