@@ -1,5 +1,6 @@
 """SyncBatchNorm and its local twin: parameters, buffers, train/eval policy, running statistics."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,6 +23,19 @@ from syncbn.statistics import Epilogue, Running
 _GROUP_ATTRIBUTES = ("process_group", "unsynced_group")
 
 
+class _RefusesReplacement:
+    """The attribute `qconfig`, which a layer does not have. Converters to torch's SyncBatchNorm ask for it.
+
+    torch's, Lightning's (`Trainer(sync_batchnorm=True)`) and timm's replace every instance of torch's base class, ours
+    included. Their common name is all that tells them from quantization tools, which ask for `qconfig` too.
+    """
+
+    def __get__(self, layer: Any, owner: Any) -> Any:
+        if layer is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            layer._refuse_replacement()
+        raise AttributeError("qconfig")
+
+
 class BatchNorm(_BatchNorm):
     """Batch normalization over this rank's batch, for input with any number of dimensions.
 
@@ -31,6 +45,7 @@ class BatchNorm(_BatchNorm):
 
     activation: str = "identity"
     temperature: float = 1.0
+    qconfig = _RefusesReplacement()
 
     def __init__(
         self,
@@ -104,6 +119,14 @@ class BatchNorm(_BatchNorm):
             f"expected torch's own layers for torch.jit.script, got a {type(self).__name__}: call "
             "syncbn.revert_sync_batchnorm(model) first; torch.jit.trace and torch.export take the model as it is"
         )
+
+    def _refuse_replacement(self) -> None:
+        """Raise TypeError if torch's SyncBatchNorm cannot do what this layer does."""
+        if self.activation != "identity" or self.temperature != 1:
+            raise TypeError(
+                f"expected a layer without activation and temperature to replace by torch's SyncBatchNorm, got {self}: "
+                "use syncbn.convert_sync_batchnorm, which keeps both"
+            )
 
     def _group(self) -> Group:
         return LOCAL
@@ -190,6 +213,14 @@ class SyncBatchNorm(BatchNorm):
         super().__setstate__(state)
         for name in _GROUP_ATTRIBUTES:
             setattr(self, name, groups.resolve(getattr(self, name)))
+
+    def _refuse_replacement(self) -> None:
+        """Raise TypeError: torch's converter would replace this layer, and drop its activation and temperature."""
+        raise TypeError(
+            f"expected a model without layers of syncbn to convert to torch.nn.SyncBatchNorm, got {self}: it is "
+            "synchronized already, so leave out this conversion (in Lightning sync_batchnorm=True), or call "
+            "syncbn.revert_sync_batchnorm(model) first"
+        )
 
     def _group(self) -> Group:
         return self.process_group

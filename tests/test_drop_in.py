@@ -5,6 +5,7 @@ import io
 
 import lightning
 import pytest
+import timm.layers
 import torch
 import torch.distributed as dist
 import torchvision
@@ -207,6 +208,59 @@ class Regression(lightning.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
+def test_other_converters_do_not_replace_our_layers_without_a_word(convert):
+    class Converted(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    for model in (
+        syncbn.convert_sync_batchnorm(Network()),
+        nn.Sequential(syncbn.SyncBatchNorm(3, activation="relu")),
+        nn.Sequential(syncbn.convert_sync_batchnorm(Converted(3))),
+        nn.Sequential(syncbn.LazySyncBatchNorm()),
+    ):
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(TypeError, match="expected a model without layers of syncbn to convert to torch"):
+            convert(model)
+        assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(TypeError, match=r"expected a layer without activation and temperature .* activation=relu"):
+        convert(syncbn.BatchNorm(3, activation="relu"))
+    model = convert(syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(Network())))
+    assert type(model.norm) is type(convert(syncbn.BatchNorm(3))) is nn.SyncBatchNorm
+
+
+def test_quantization_tools_may_ask_for_and_set_a_qconfig():
+    layer = syncbn.SyncBatchNorm(3)
+    assert not hasattr(layer, "qconfig")
+    layer.qconfig = "x86"
+    assert layer.qconfig == "x86"
+    del layer.qconfig
+    with pytest.raises(AttributeError, match="'SyncBatchNorm' object has no attribute 'qconfig'"):
+        layer.qconfig  # noqa: B018
+
+
+def train_a_converted_model_with_torchs_flag() -> str:
+    model = syncbn.convert_sync_batchnorm(Regression())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 3)), batch_size=4)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", plugins=[TorchElasticEnvironment()], max_epochs=1,
+        sync_batchnorm=True, **quiet,
+    )  # fmt: skip
+    try:
+        trainer.fit(model, loader)
+    except TypeError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_flag_does_not_replace_the_layers_of_a_converted_model():
+    for message in run_ranks(2, train_a_converted_model_with_torchs_flag):
+        assert "so leave out this conversion (in Lightning sync_batchnorm=True)" in message
 
 
 def train_with_lightning() -> tuple[list[str], str, torch.Tensor]:
