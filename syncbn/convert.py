@@ -21,13 +21,13 @@ from syncbn import groups
 from syncbn.collectives import release_peers
 from syncbn.functional import (
     check_per_channel,
-    is_recomputing,
     most_common_size,
     normalize_over_group,
     running_of,
     sync_batch_norm,
 )
 from syncbn.module import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_module
+from syncbn.recomputation import is_recomputing, unless_recomputing
 from syncbn.statistics import Epilogue
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -261,7 +261,8 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
             return call_module(self, *args, **kwargs)
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
-        tracked = self.num_batches_tracked.clone() if is_recomputing() and self.track_running_stats else None
+        may_be_repetition = self.track_running_stats and (torch.compiler.is_compiling() or is_recomputing())
+        tracked = self.num_batches_tracked.clone() if may_be_repetition else None
         try:
             with release_peers(self.process_group, self.num_features, layer=self) as peers:
                 peers.announce(next(iter((*args, *kwargs.values())), None), self.weight, self.bias)
@@ -269,7 +270,7 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
                     return plain_class.forward(self, *args, **kwargs)
         finally:  # checkpointing ends a recomputation by an exception once it has all tensors
             if tracked is not None:
-                self.num_batches_tracked.copy_(tracked)
+                self.num_batches_tracked.copy_(unless_recomputing(self.num_batches_tracked, tracked))
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:  # pickle cannot import a class made here
         return _rebuild, (plain_class,), self.__getstate__()

@@ -12,6 +12,7 @@ from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
+from syncbn.recomputation import is_recomputing
 from syncbn.statistics import Epilogue, Running, apply_mask, match_layout
 from syncbn.transforms import is_transformed
 
@@ -169,11 +170,6 @@ def running_of(
         names = ("running_var", "running_mean") if mean is None else ("running_mean", "running_var")
         raise ValueError(f"expected running_mean and running_var, or neither, got {names[0]} and {names[1]}=None")
     return Running(mean, var, num_batches_tracked, momentum)
-
-
-def is_recomputing() -> bool:
-    """Return whether this forward pass runs inside a backward pass, as activation checkpointing does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def check_input(x: Tensor, epilogue: Epilogue, *, num_features: int | None, parameter: Tensor | None) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.recomputation import unless_recomputing
+
 
 class Channels(NamedTuple):
     """The per-channel values that forward keeps for backward."""
@@ -182,6 +184,8 @@ def update_running_stats_(running: Running, *, count: Tensor, mean: Tensor, var:
     """
     count, mean, var = _detach(count), _detach(mean), _detach(var)
     is_valid = count > 1  # False for NaN too
+    if torch.compiler.is_compiling():  # otherwise `normalize_over_group` has decided
+        is_valid = unless_recomputing(is_valid, torch.zeros_like(is_valid))
     momentum: float | Tensor = 0.0 if running.momentum is None else running.momentum
     if running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(is_valid)
