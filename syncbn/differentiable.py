@@ -23,6 +23,7 @@ from syncbn.statistics import (
     pack,
     pack_sums,
     per_channel,
+    pivot_of,
     reduced_dims,
     unpack,
     unpack_sums,
@@ -50,8 +51,7 @@ def forward(
     mask = epilogue.mask
     dims, count = reduced_dims(x), local_count(x, mask)
     divisor = count.clamp(min=1)
-    local_pivot = apply_mask(x, mask).sum(dims, dtype=accumulation_dtype(x)) / divisor
-    local_pivot = local_pivot.detach().to(accumulation_dtype(x))
+    local_pivot = pivot_of(apply_mask(x, mask).sum(dims, dtype=accumulation_dtype(x)).detach() / divisor, x)
     centred = apply_mask(x - per_channel(local_pivot, x), mask)
     offset = centred.sum(dims).double() / divisor
     M2 = centred.square().sum(dims).double() - count * offset.square()

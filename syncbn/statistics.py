@@ -231,6 +231,11 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(accumulation_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
+def pivot_of(mean: Tensor, x: Tensor) -> Tensor:
+    """Return an approximate mean in the accumulation dtype of x, 0 where it is infinite: `x - inf` would be NaN."""
+    return mean.to(accumulation_dtype(x)).nan_to_num_(0.0, 0.0, 0.0)
+
+
 def apply_mask(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return values with masked positions set to 0, even where they are NaN; differentiable."""
     return values if mask is None else values.masked_fill(~mask, 0)

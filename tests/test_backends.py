@@ -357,3 +357,26 @@ def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says
     monkeypatch.setattr(type(on_cuda), "is_cuda", True, raising=False)
     assert backends.select(on_cuda) is backends.PLAIN
     backends.is_triton_installed.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["torch", "auto", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_infinite_input_gives_torchs_running_statistics(name, dtype, monkeypatch, request):
+    if name == "triton":
+        if dtype == torch.float64:
+            pytest.skip("plain operations serve float64")
+        request.getfixturevalue("small_tiles")
+    monkeypatch.setenv("SYNCBN_BACKEND", name)
+    x = torch.randn(4, 6, 5, 3).to(dtype)
+    for channel, values in enumerate(
+        [[torch.inf], [-torch.inf], [torch.inf, -torch.inf], [torch.nan], [torch.inf, torch.nan]]
+    ):
+        for sample, value in enumerate(values):
+            x[2 * sample, channel, 4, 2] = value
+    x[0, 0, 0, 0] = torch.inf  # in the first tile too
+    layer, expected = syncbn.SyncBatchNorm(6, momentum=0.3), torch.nn.BatchNorm2d(6, momentum=0.3)
+    layer, expected = (m.double() if dtype == torch.float64 else m for m in (layer, expected))
+    y, wanted = layer(x), expected(x)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(layer.state_dict(), expected.state_dict(), equal_nan=True, **tolerance)
+    torch.testing.assert_close(y, wanted, equal_nan=True, **tolerance)

@@ -23,6 +23,7 @@ from syncbn.statistics import (
     local_count,
     pack,
     per_channel,
+    pivot_of,
     reduced_dims,
     reduced_of,
     scale_and_shift,
@@ -34,7 +35,7 @@ def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
     dims = reduced_dims(x)
     count = local_count(x, mask)
     divisor = count.clamp(min=1)
-    pivot = (apply_mask(x, mask).sum(dims, dtype=accumulation_dtype(x)) / divisor).to(accumulation_dtype(x))
+    pivot = pivot_of(apply_mask(x, mask).sum(dims, dtype=accumulation_dtype(x)) / divisor, x)
     centred = apply_mask_(x - per_channel(pivot, x), mask)
     offset = centred.sum(dims).double() / divisor  # mean - pivot
     square = centred.square_().sum(dims).double()

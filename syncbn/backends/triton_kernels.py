@@ -61,6 +61,7 @@ def stats_kernel(
             here = tl.minimum(S - tile % s_blocks * BLOCK_S, BLOCK_S).to(tl.int32)
         if (count == 0) & (here > 0):
             pivot = tl.sum(x, 1) / here
+            pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)  # x - inf would be NaN
         centred = tl.where(valid[None, :], x - pivot[:, None], 0.0)
         offset += centred
         square += centred * centred
