@@ -156,9 +156,10 @@ class release_peers:
                 return
             is_single = (packed.detach().cpu().numpy()[..., 0] == 1).any()  # .item() fails under tracing
         if is_single:
+            over = f" over all {self.ranks} ranks, here" if self.ranks > 1 else ""
             raise ValueError(
-                f"expected more than 1 value per channel when training, got 1 over all {self.ranks} ranks (here: input "
-                f"of shape {tuple(x.shape)}): use a larger batch, or evaluate with running statistics"
+                f"expected more than 1 value per channel when training, got 1{over} in input of shape "
+                f"{tuple(x.shape)}: use a larger batch, or evaluate with running statistics"
             )
 
     def _refuse(self, error: Exception) -> None:

@@ -224,11 +224,10 @@ class _SyncedFunctional(TorchFunctionMode):
             group = self.peers.process_group
             return sync_batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, group)
         tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
-        size = most_common_size(input, list(tensors.values()))
-        self.peers.num_features = size
-        check_per_channel(size, tensors)
+        self.peers.num_features = most_common_size(input, list(tensors.values()))
+        check_per_channel(input, tensors)
         running = running_of(running_mean, running_var, None, momentum)
-        options: Any = {"num_features": size, "eps": eps, "running": running}
+        options: Any = {"num_features": None, "eps": eps, "running": running}
         return normalize_over_group(self.peers, input, weight, bias, Epilogue(), **options)
 
     def native(

@@ -63,20 +63,17 @@ def sync_batch_norm(
     tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
     known = next((tensor for tensor in tensors.values() if isinstance(tensor, Tensor)), None)
     size = most_common_size(input, list(tensors.values()))
-    num_features = None if known is None else size
     epilogue = Epilogue(residual, mask, activation)
     if not training:
         check_activation(activation)
-        check_per_channel(num_features, tensors)
-        return evaluate(input, weight, bias, epilogue, running_mean, running_var, num_features=num_features, eps=eps)
+        check_per_channel(input, tensors)
+        return evaluate(input, weight, bias, epilogue, running_mean, running_var, num_features=None, eps=eps)
     with release_peers(process_group, size, tensors=(known, input)) as peers:
         peers.announce(input, weight, bias)
         check_activation(activation)
-        check_per_channel(num_features, tensors)
+        check_per_channel(input, tensors)
         running = running_of(running_mean, running_var, None, momentum)
-        return normalize_over_group(
-            peers, input, weight, bias, epilogue, num_features=num_features, eps=eps, running=running
-        )
+        return normalize_over_group(peers, input, weight, bias, epilogue, num_features=None, eps=eps, running=running)
 
 
 def normalize_over_group(
@@ -102,6 +99,8 @@ def normalize_over_group(
         ValueError: as `sync_batch_norm`.
     """
     residual, mask, activation = epilogue
+    if eps < 0:
+        raise ValueError(f"expected eps of at least 0, got {eps}")
     parameter = _first(weight, None if running is None else running.mean, bias)
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
@@ -226,13 +225,16 @@ def _first(*tensors: Tensor | None) -> Tensor | None:
     return next((tensor for tensor in tensors if tensor is not None), None)
 
 
-def check_per_channel(num_features: int | None, tensors: dict[str, Any]) -> None:
-    """Raise ValueError, on this rank alone, unless each of the named tensors is None or (num_features,)."""
+def check_per_channel(x: Any, tensors: dict[str, Any]) -> None:
+    """Raise ValueError, on this rank alone, unless each of the named tensors is None or (C,), C being that of x."""
+    has_channels = isinstance(x, Tensor) and x.dim() > 1  # if not, `check_input` raises
+    size = x.shape[1] if has_channels else most_common_size(x, list(tensors.values()))
+    reason = f": one value per channel of the input, {tuple(x.shape)}" if has_channels else ""
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise ValueError(f"expected {name} to be a torch.Tensor or None, got {type(tensor).__name__}")
-        if tensor is not None and tensor.shape != (num_features,):
-            raise ValueError(f"expected {name} of shape ({num_features},), got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.shape != (size,):
+            raise ValueError(f"expected {name} of shape ({size},), got {tuple(tensor.shape)}{reason}")
 
 
 def _check_device_and_dtype(x: Tensor, parameter: Tensor) -> None:

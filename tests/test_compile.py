@@ -1,6 +1,8 @@
 """torch.compile compiles a network with the layer to one graph, forward and backward, with the same results."""
 
+import pytest
 import torch
+import torch._dynamo.exc
 import torch._inductor.config
 import torch.distributed as dist
 from ranks import run_ranks
@@ -85,3 +87,17 @@ def train_with_an_empty_rank() -> list[torch.Tensor]:
 def test_a_rank_without_samples_takes_part_compiled_as_well():
     for eager, compiled in run_ranks(2, train_with_an_empty_rank, collective_timeout_s=100):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"fullgraph": True}, {}, {"fullgraph": True, "dynamic": True}], ids=str)
+def test_one_value_per_channel_is_refused_in_the_layers_own_words(options):
+    torch.compiler.reset()
+    compiled = torch.compile(syncbn.SyncBatchNorm(3), backend="aot_eager", **options)
+    words = "expected more than 1 value per channel when training, got 1 in input of shape"
+    for size in (1, 4, 1):
+        x = torch.randn(size, 3)
+        if size > 1:
+            compiled(x)
+            continue
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=words):
+            compiled(x)
