@@ -1,6 +1,5 @@
 """sync_batch_norm: argument checks, then the autograd Function, in a block where an error reaches every rank."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +148,8 @@ def evaluate(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     if y.requires_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         # torch 2.14 on CPU: gradients of weight and bias are wrong for some pairs of layouts of x and the gradient
-        y.register_hook(partial(match_layout, x=x.detach()))
+        layout = x.detach()
+        y.register_hook(lambda grad: None if grad is None else match_layout(grad, layout))
     if residual is not None:
         y = y + apply_mask(residual, mask)
     return apply_mask(ACTIVATIONS[activation].apply(y), mask)

@@ -3,6 +3,8 @@
 import csv
 import math
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -278,3 +280,37 @@ def test_the_model_predicts_more_for_more_ranks_and_is_compared_with_gloo(tmp_pa
     gloo = read_rows(tmp_path / "rows_gloo.csv")
     assert [(row["ranks"], row["channels"]) for row in gloo] == [("2", "8"), ("2", "64")]
     assert {int(row["cores"]) for row in gloo} == {len(os.sched_getaffinity(0))}
+
+
+# --- torch's own tests
+
+SABOTAGE = """
+import runpy, sys
+import syncbn.statistics
+syncbn.statistics.unbiased = lambda var, count: var
+sys.argv = ["torch_tests.py"]
+runpy.run_path("scripts/torch_tests.py", run_name="__main__")
+"""
+
+
+def run_torch_tests(*arguments: str) -> tuple[int, str]:
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+    return run.returncode, run.stdout
+
+
+def test_torchs_own_tests_of_batch_normalization_pass():
+    code, output = run_torch_tests("scripts/torch_tests.py")
+    passed, differs, failed = (int(n) for n in re.search(r"(\d+) passed, (\d+) differs, (\d+) failed", output).groups())
+    assert (code, failed) == (0, 0), output
+    assert passed >= 48
+    assert differs == 8
+    page = (Path(__file__).parents[1] / "docs" / "differences.md").read_text()
+    assert all(word in page for word in ("has_sync_bn", "eps=0", "all_gather", "num_batches_tracked"))
+
+
+def test_torchs_own_tests_notice_a_wrong_variance():
+    code, output = run_torch_tests("-c", SABOTAGE)
+    assert code == 1
+    line = next(line for line in output.splitlines() if "Diff_Input_Sizes_Running_V" in line)
+    assert "failed" in line
