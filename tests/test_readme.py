@@ -22,7 +22,8 @@ def test_the_python_block_runs():
 def test_every_linked_file_exists():
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
     for page in pages:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)#]+)", prose):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
