@@ -359,6 +359,7 @@ def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says
     backends.is_triton_installed.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("name", ["torch", "auto", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_infinite_input_gives_torchs_running_statistics(name, dtype, monkeypatch, request):
