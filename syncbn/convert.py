@@ -7,7 +7,7 @@ stay as they are, and the way back restores the class exactly.
 import inspect
 import sys
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,15 @@ from syncbn.functional import (
     running_of,
     sync_batch_norm,
 )
-from syncbn.module import BatchNorm, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_module
+from syncbn.module import (
+    BatchNorm,
+    SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+    call_module,
+    initialize_lazy,
+)
 from syncbn.recomputation import is_recomputing, unless_recomputing
 from syncbn.statistics import Epilogue
 
@@ -256,8 +264,9 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
     calls_functional = any("batch_norm" in names for names in _own_forwards(plain_class))
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], Proxy):
-            return call_module(self, *args, **kwargs)
+        proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
+        if proxy is not None:
+            return call_module(self, proxy, *args, **kwargs)
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
         may_be_repetition = self.track_running_stats and (torch.compiler.is_compiling() or is_recomputing())
@@ -279,6 +288,11 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
         members["forward"] = forward
     if issubclass(plain_class, nn.modules.lazy.LazyModuleMixin):
         members["cls_to_become"] = _counterpart(plain_class.cls_to_become)
+
+        def initialize_parameters(self: Any, input: Tensor) -> None:
+            initialize_lazy(self, partial(plain_class.initialize_parameters, self), input)
+
+        members["initialize_parameters"] = initialize_parameters
     return type(f"Sync{plain_class.__name__}", (plain_class, SyncBatchNorm), members)
 
 

@@ -83,7 +83,12 @@ class BatchNorm(_BatchNorm):
             mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
         """
         if isinstance(input, Proxy):  # torch.fx traces torch's layers as one call; ours too
-            return call_module(self, input, residual, mask)
+            if type(self).forward is not BatchNorm.forward:  # the call would run the code around this one again
+                raise TypeError(
+                    f"expected a layer that torch.fx traces as one call, got {type(self).__name__} with a forward of "
+                    "its own: let is_leaf_module of the Tracer return True for it"
+                )
+            return call_module(self, input, input, residual, mask)
         epilogue = Epilogue(residual, mask, self.activation)
         options: Any = {"num_features": self.num_features, "eps": self.eps, "temperature": self.temperature}
         if not self.training and self.running_mean is not None:
@@ -251,6 +256,10 @@ class LazySyncBatchNorm(nn.LazyBatchNorm1d, SyncBatchNorm):
 
     cls_to_become = SyncBatchNorm  # type: ignore[assignment]
 
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Take `num_features` from the input; torch calls this in front of the first forward pass."""
+        initialize_lazy(self, super().initialize_parameters, input)
+
     def __init__(
         self,
         eps: float = 1e-5,
@@ -274,13 +283,37 @@ class LazySyncBatchNorm(nn.LazyBatchNorm1d, SyncBatchNorm):
         self.temperature = temperature
 
 
+def initialize_lazy(layer: Any, initialize: Callable[[Tensor], None], input: Any) -> None:
+    """Call torch's method, and set `num_features` also where the state_dict had been loaded before.
+
+    Raises:
+        ValueError: the input has no channels; on this rank alone.
+    """
+    if not isinstance(input, Tensor) or input.dim() < 2:
+        shape = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
+        raise ValueError(f"expected input of shape (N, C) or (N, C, ...), got {shape}: add the batch dimension")
+    initialize(input)
+    known = next((t for t in (layer.weight, layer.running_mean) if t is not None), None)
+    layer.num_features = input.shape[1] if known is None else len(known)
+
+
 def _check_epilogue(activation: str, temperature: float) -> None:
     check_activation(activation)
     if not temperature > 0:
         raise ValueError(f"expected temperature above 0, got {temperature}: 1 leaves the output as it is")
 
 
-def call_module(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Record a call of the layer as one node of the graph that traces its first argument, a torch.fx.Proxy."""
-    tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
+def call_module(layer: nn.Module, proxy: Proxy, *args: Any, **kwargs: Any) -> Any:
+    """Record a call of the layer as one node of the graph that traces `proxy`.
+
+    Raises:
+        TypeError: the layer itself is the root of the trace.
+    """
+    tracer: Any = proxy.tracer
+    path = tracer.path_of_module(layer)
+    if not path:
+        raise TypeError(
+            f"expected a module that contains the {type(layer).__name__}, got the layer itself to trace: a graph calls "
+            "layers by name, so trace torch.nn.Sequential(layer)"
+        )
+    return tracer.create_proxy("call_module", path, args, kwargs)

@@ -120,6 +120,39 @@ def test_a_traced_call_keeps_residual_and_mask():
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, residual, mask), model(x, residual, mask))
 
 
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnForward(syncbn.SyncBatchNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Keyword(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, values):
+        return self.norm(x=values)
+
+
+def test_a_converted_subclass_is_one_call_also_with_keyword_arguments():
+    model, x = Keyword(syncbn.convert_sync_batchnorm(Doubled(3))), torch.randn(2, 3, 4, 4)
+    traced = torch.fx.symbolic_trace(model)
+    assert calls(traced) == ["call_module norm"]
+    torch.testing.assert_close(traced(x), Keyword(Doubled(3))(x))
+
+
+def test_what_cannot_be_traced_as_one_call_is_refused():
+    with pytest.raises(TypeError, match=r"one call, got OwnForward .* let is_leaf_module of the Tracer return True"):
+        torch.fx.symbolic_trace(nn.Sequential(OwnForward(3)))
+    with pytest.raises(TypeError, match=r"got the layer itself to trace: .* trace torch\.nn\.Sequential\(layer\)"):
+        torch.fx.symbolic_trace(syncbn.SyncBatchNorm(3))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_feature_extractor_names_the_same_nodes(training):
     x = torch.randn(2, 3, 32, 32)
@@ -170,6 +203,28 @@ def test_a_lazy_layer_takes_its_size_from_the_first_input():
     assert repr(lazy) == repr(twin)
     with pytest.raises(ValueError, match="expected activation to be one of"):
         syncbn.LazySyncBatchNorm(activation="gelu")
+
+
+@pytest.mark.parametrize(
+    "make", [syncbn.LazySyncBatchNorm, lambda **o: syncbn.convert_sync_batchnorm(nn.LazyBatchNorm1d(**o))]
+)
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"affine": False, "track_running_stats": False}], ids=str)
+def test_a_lazy_layer_may_load_a_state_before_its_first_batch(make, loaded, options):
+    twin, x = syncbn.SyncBatchNorm(3, **options), torch.randn(4, 3, 5)
+    twin(x)
+    lazy = make(**options)
+    if loaded:
+        lazy.load_state_dict(twin.state_dict())
+    else:
+        lazy(x)
+    torch.testing.assert_close(lazy(x), twin(x))
+    torch.testing.assert_close(lazy.state_dict(), twin.state_dict())
+    assert lazy.num_features == 3
+    with pytest.raises(
+        ValueError, match=r"expected input of shape \(N, C\) or \(N, C, ...\), got \(3,\): add the batch"
+    ):
+        make(**options)(torch.randn(3))
 
 
 def statistics_over_a_mesh() -> tuple[float, float, str]:
