@@ -35,7 +35,7 @@ from syncbn.module import (
     call_module,
     initialize_lazy,
 )
-from syncbn.recomputation import is_recomputing, unless_recomputing
+from syncbn.recomputation import may_be_checkpointed, unless_recomputing
 from syncbn.statistics import Epilogue
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -269,8 +269,7 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
             return call_module(self, proxy, *args, **kwargs)
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
-        may_be_repetition = self.track_running_stats and (torch.compiler.is_compiling() or is_recomputing())
-        tracked = self.num_batches_tracked.clone() if may_be_repetition else None
+        tracked = self.num_batches_tracked.clone() if self.track_running_stats and may_be_checkpointed() else None
         try:
             with release_peers(self.process_group, self.num_features, layer=self) as peers:
                 peers.announce(next(iter((*args, *kwargs.values())), None), self.weight, self.bias)

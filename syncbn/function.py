@@ -7,6 +7,7 @@ from torch import Tensor
 
 from syncbn import backends, checks, differentiable
 from syncbn.collectives import release_peers
+from syncbn.recomputation import is_recomputing
 from syncbn.statistics import Channels, Epilogue, OutputMask, Running, match_layout
 from syncbn.transforms import is_batched, is_transformed
 
@@ -39,7 +40,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         packed = peers.all_reduce_(backend.pack_stats(x, mask))
         peers.check_count(packed, x, mask)
         running = None
-        if running_mean is not None and running_var is not None:
+        # plain operations repeat each one, for selective checkpointing, and `update_running_stats_` then moves nothing
+        is_repetition = backend is not backends.PLAIN and is_recomputing()
+        if running_mean is not None and running_var is not None and not is_repetition:
             running = Running(running_mean, running_var, num_batches_tracked, momentum)
         epilogue = Epilogue(residual, mask, activation)
         y, count, channels = backend.normalize(

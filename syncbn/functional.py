@@ -11,7 +11,6 @@ from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import SyncBatchNormFunction
 from syncbn.groups import Group
-from syncbn.recomputation import is_recomputing
 from syncbn.statistics import Epilogue, Running, apply_mask, match_layout
 from syncbn.transforms import is_transformed
 
@@ -103,7 +102,6 @@ def normalize_over_group(
     parameter = _first(weight, None if running is None else running.mean, bias)
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
-    running = None if is_recomputing() else running
     if is_transformed(x, weight, bias, residual):
         return differentiable.forward(x, weight, bias, epilogue, eps=eps, running=running, peers=peers)
     if torch.jit.is_tracing() and peers.ranks == 1:

@@ -26,6 +26,13 @@ def is_recomputing() -> bool:
     return isinstance(node, BackwardCFunction) and type(node).__name__ not in _NOT_CHECKPOINTS
 
 
+def may_be_checkpointed() -> bool:
+    """Return whether this forward pass is a repetition, or one that checkpointing may repeat."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or is_recomputing()
+
+
 def unless_recomputing(new: Tensor, old: Tensor) -> Tensor:
     """Return `old` in a repetition and otherwise `new`; a compiled network decides whenever it runs."""
     if torch.compiler.is_dynamo_compiling():  # not in torch.export, whose graphs are to hold torch's operations alone

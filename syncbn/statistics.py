@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.recomputation import unless_recomputing
+from syncbn.recomputation import is_recomputing, unless_recomputing
 
 
 class Channels(NamedTuple):
@@ -174,7 +174,8 @@ def update_running_stats_(running: Running, *, count: Tensor, mean: Tensor, var:
 
     `running = (1 - momentum) * running + momentum * batch`, torch's convention (0.1); several texts use the reverse,
     `momentum * running + (1 - momentum) * batch` (0.9). The variance of the batch is the unbiased one,
-    `var * n / (n - 1)`. A batch of fewer than two values has none, and moves nothing.
+    `var * n / (n - 1)`. A batch of fewer than two values has none, and moves nothing; nor does a forward pass that
+    checkpointing repeats, which runs the same operations nevertheless.
 
     Args:
         running: updated in place.
@@ -183,8 +184,8 @@ def update_running_stats_(running: Running, *, count: Tensor, mean: Tensor, var:
         var: (C,) float64, biased.
     """
     count, mean, var = _detach(count), _detach(mean), _detach(var)
-    is_valid = count > 1  # False for NaN too
-    if torch.compiler.is_compiling():  # otherwise `normalize_over_group` has decided
+    is_valid = count > (torch.inf if is_recomputing() else 1)  # False for NaN too
+    if torch.compiler.is_compiling():
         is_valid = unless_recomputing(is_valid, torch.zeros_like(is_valid))
     momentum: float | Tensor = 0.0 if running.momentum is None else running.momentum
     if running.num_batches_tracked is not None:

@@ -1,11 +1,18 @@
 """Activation checkpointing repeats the forward pass: statistics advance once, results do not change, no rank hangs."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import syncbn
 
@@ -168,3 +175,22 @@ def test_a_forward_pass_inside_a_hook_is_one_of_its_own(hook):
         h.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(run))
     y.sum().backward()
     assert layer.num_batches_tracked == 1
+
+
+def keep_elementwise(context, operation, *args, **kwargs):
+    kept = [torch.ops.aten.convolution.default, torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor]
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, Shifted, Functional])
+def test_selective_checkpointing_finds_the_same_operations_in_the_repetition(norm):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    model, twin = network(norm), network(norm)
+    y = checkpoint(
+        model, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, keep_elementwise)
+    )
+    found = torch.autograd.grad(y.pow(3).sum(), [x, *model.parameters()])
+    expected = torch.autograd.grad(twin(x).pow(3).sum(), [x, *twin.parameters()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=1e-12)
