@@ -269,7 +269,8 @@ def _synced_subclass(plain_class: Any) -> type[nn.Module]:
             return call_module(self, proxy, *args, **kwargs)
         if not self.training:
             return plain_class.forward(self, *args, **kwargs)
-        tracked = self.num_batches_tracked.clone() if self.track_running_stats and may_be_checkpointed() else None
+        counted = self.num_batches_tracked
+        tracked = counted.clone() if counted is not None and may_be_checkpointed() else None
         try:
             with release_peers(self.process_group, self.num_features, layer=self) as peers:
                 peers.announce(next(iter((*args, *kwargs.values())), None), self.weight, self.bias)

@@ -24,7 +24,7 @@ _GROUP_ATTRIBUTES = ("process_group", "unsynced_group")
 
 
 class _RefusesReplacement:
-    """The attribute `qconfig`, which a layer does not have. Converters to torch's SyncBatchNorm ask for it.
+    """The attribute `qconfig`, which a layer has only once it is set. Converters to torch's SyncBatchNorm ask for it.
 
     torch's, Lightning's (`Trainer(sync_batchnorm=True)`) and timm's replace every instance of torch's base class, ours
     included. Their common name is all that tells them from quantization tools, which ask for `qconfig` too.
@@ -33,7 +33,16 @@ class _RefusesReplacement:
     def __get__(self, layer: Any, owner: Any) -> Any:
         if layer is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             layer._refuse_replacement()
-        raise AttributeError("qconfig")
+        if layer is None or "qconfig" not in vars(layer):
+            raise AttributeError("qconfig")
+        return vars(layer)["qconfig"]
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)["qconfig"] = value
+
+    def __delete__(self, layer: Any) -> None:
+        if vars(layer).pop("qconfig", self) is self:
+            raise AttributeError("qconfig")
 
 
 class BatchNorm(_BatchNorm):

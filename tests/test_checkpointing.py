@@ -194,3 +194,18 @@ def test_selective_checkpointing_finds_the_same_operations_in_the_repetition(nor
     expected = torch.autograd.grad(twin(x).pow(3).sum(), [x, *twin.parameters()])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=1e-12)
+
+
+class Uncounted(torch.nn.BatchNorm2d):
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.num_batches_tracked = None
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1, self.eps)
+
+
+def test_a_subclass_that_counts_no_batches_may_be_checkpointed():
+    layer, x = syncbn.convert_sync_batchnorm(Uncounted(3)), torch.randn(2, 3, 4, 4, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean((0, 2, 3)))

@@ -291,8 +291,12 @@ def test_quantization_tools_may_ask_for_and_set_a_qconfig():
     layer = syncbn.SyncBatchNorm(3)
     assert not hasattr(layer, "qconfig")
     layer.qconfig = "x86"
-    assert layer.qconfig == "x86"
+    assert copy.deepcopy(layer).qconfig == layer.qconfig == "x86"
+    with pytest.raises(TypeError, match="expected a model without layers of syncbn"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer)
     del layer.qconfig
+    with pytest.raises(AttributeError):
+        del layer.qconfig
     with pytest.raises(AttributeError, match="'SyncBatchNorm' object has no attribute 'qconfig'"):
         layer.qconfig  # noqa: B018
 
