@@ -217,9 +217,6 @@ class _AllReduce(torch.autograd.Function):
             block: ends with this all-reduce.
             second: ends with the all-reduce of the first derivative.
         """
-        if transforms.is_batched_gradient(values):
-            values, level = transforms.unbatched_gradient(values)
-            return transforms.batched_gradient(_sum_over_ranks(values, process_group, block), level)
         return _sum_over_ranks(values, process_group, block)
 
     @staticmethod
@@ -231,7 +228,12 @@ class _AllReduce(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the sum over the ranks of `grad_output`."""
         second, ctx.second = ctx.second, None
-        return _AllReduce.apply(grad_output, ctx.process_group, second, None), None, None, None
+        if not transforms.is_batched_gradient(grad_output):
+            return _AllReduce.apply(grad_output, ctx.process_group, second, None), None, None, None
+        # out of its batch outside of the Function, whose result would otherwise have no history under create_graph
+        values, level = transforms.unbatched_gradient(grad_output)
+        total = _AllReduce.apply(values, ctx.process_group, second, None)
+        return transforms.batched_gradient(total, level), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -275,8 +277,7 @@ class _AllReduceOfStatistics(_AllReduce):
                 f"expected one batch in each call of {block.name} on {block.ranks} ranks, got torch.func.vmap over its "
                 "input: loop instead, or give the layer a group of one rank (syncbn.revert_sync_batchnorm)"
             )
-        total: Tensor = _AllReduceOfStatistics.apply(values.movedim(in_dims[0] or 0, 0), process_group, block, second)
-        return total, 0
+        return _AllReduce.vmap(info, in_dims, values, process_group, block, second)
 
 
 def _sum_over_ranks(values: Tensor, process_group: Group, block: release_peers | None) -> Tensor:

@@ -151,7 +151,28 @@ def _synced_class(name: str, layer: _BatchNorm) -> type[nn.Module]:
             f"expected a batch normalization whose forward calls super().forward() or torch's batch_norm function, got "
             f"{plain_class.__name__} at '{name}': call one there, or replace the module by a BatchNorm"
         )
+    clashes = _clashing_names(layer)
+    if clashes:
+        raise TypeError(
+            f"expected a layer without attributes that a SyncBatchNorm has, got {', '.join(clashes)} in "
+            f"{plain_class.__name__} at '{name}': rename them"
+        )
     return _counterpart(plain_class)
+
+
+_OUR_NAMES = (
+    frozenset(dir(SyncBatchNorm)) - frozenset(dir(nn.BatchNorm2d)) - {"unsynced_class", "unsynced_group", "qconfig"}
+)
+
+
+def _clashing_names(layer: _BatchNorm) -> list[str]:
+    """Return attributes of a user's subclass that our class would hide, or take for its own."""
+    plain_class: Any = type(layer)
+    if plain_class in _COUNTERPARTS or issubclass(plain_class, BatchNorm):
+        return []
+    defined = {name for cls in plain_class.__mro__[: plain_class.__mro__.index(_BatchNorm)] for name in vars(cls)}
+    own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    return sorted((defined | own) & _OUR_NAMES)
 
 
 def _plain_class(layer: SyncBatchNorm) -> Any:

@@ -30,6 +30,7 @@ from syncbn.statistics import (
     update_running_stats_,
     without_rounding,
 )
+from syncbn.transforms import is_transform_active
 
 
 def forward(
@@ -114,11 +115,25 @@ def backward(
         # Views, so that differentiation stops there even if one input was computed from another.
         x = x.view_as(x)
         weight, bias, residual = (t if t is None else t.view_as(t) for t in (weight, bias, residual))
-        epilogue = epilogue._replace(residual=residual)
-        y = _forward_again(x, weight, bias, epilogue, count=count, pivot=mean, eps=eps, peers=peers, second=second)
-        inputs = [x, *(t for t, needs in zip((weight, bias, residual), needs_grad[1:], strict=True) if needs)]
         # always with x: every rank has to take part in the second all-reduce
-        grads = iter(torch.autograd.grad(y, inputs, grad_output, create_graph=True))  # type: ignore[arg-type]
+        needed = [True, *needs_grad[1:]]
+        tensors = [x, weight, bias, residual]
+        inputs = [t for t, needs in zip(tensors, needed, strict=True) if needs and t is not None]
+
+        def forward_again(*inputs: Tensor) -> Tensor:
+            given = iter(inputs)
+            x, weight, bias, residual = (
+                next(given) if needs and t is not None else t for t, needs in zip(tensors, needed, strict=True)
+            )
+            assert x is not None
+            own = epilogue._replace(residual=residual)
+            return _forward_again(x, weight, bias, own, count=count, pivot=mean, eps=eps, peers=peers, second=second)
+
+        if is_transform_active():  # torch.autograd.grad would not see through its wrappers
+            found: Any = torch.func.vjp(forward_again, *inputs)[1](grad_output)
+        else:
+            found = torch.autograd.grad(forward_again(*inputs), inputs, grad_output, create_graph=True)
+        grads = iter(found)
     grad_input = next(grads)
     return grad_input if needs_x else None, *(next(grads) if needs else None for needs in needs_grad[1:])
 

@@ -81,3 +81,22 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if needs_x:
             grad_input = ctx.backend.backward_elemt(grad_output, x, channels, epilogue, reduced, count=count)
         return grad_input, reduced.grad_weight, reduced.grad_bias, reduced.dy if needs[2] else None, *[None] * 8
+
+
+class MatchGradientLayout(torch.autograd.Function):
+    """The identity, whose gradient has the strides of a meta tensor; a batched gradient stays as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, layout: Tensor) -> Tensor:
+        """Return y."""
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(y)  # neither a copy nor a view, so that an activation in place may follow
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
+        """Return the gradient in the layout."""
+        if grad_output is None or is_batched(grad_output):
+            return grad_output, None
+        return match_layout(grad_output, ctx.layout), None

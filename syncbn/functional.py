@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from syncbn import backends, differentiable
 from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
-from syncbn.function import SyncBatchNormFunction
+from syncbn.function import MatchGradientLayout, SyncBatchNormFunction
 from syncbn.groups import Group
-from syncbn.statistics import Epilogue, Running, apply_mask, match_layout
+from syncbn.statistics import Epilogue, Running, apply_mask
 from syncbn.transforms import is_transformed
 
 
@@ -101,6 +101,9 @@ def normalize_over_group(
         raise ValueError(f"expected eps of at least 0, got {eps}")
     parameter = _first(weight, None if running is None else running.mean, bias)
     check_input(x, epilogue, num_features=num_features, parameter=parameter)
+    if not torch.jit.is_tracing():
+        own = {} if running is None else {"running_mean": running.mean, "running_var": running.var}
+        check_per_channel(x, {"weight": weight, "bias": bias, **own})
     weight, bias = _scaled(weight, bias, temperature, x if parameter is None else parameter, x.shape[1])
     if is_transformed(x, weight, bias, residual):
         return differentiable.forward(x, weight, bias, epilogue, eps=eps, running=running, peers=peers)
@@ -146,8 +149,7 @@ def evaluate(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     if y.requires_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         # torch 2.14 on CPU: gradients of weight and bias are wrong for some pairs of layouts of x and the gradient
-        layout = x.detach()
-        y.register_hook(lambda grad: None if grad is None else match_layout(grad, layout))
+        y = MatchGradientLayout.apply(y, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
     if residual is not None:
         y = y + apply_mask(residual, mask)
     return apply_mask(ACTIVATIONS[activation].apply(y), mask)

@@ -70,6 +70,8 @@ def checked(process_group: Any) -> Any:
                 f"expected a DeviceMesh with one dimension, got dimensions {process_group.mesh_dim_names or ''} of "
                 f"sizes {tuple(process_group.shape)}: pass the one over which to synchronize, mesh['name']"
             )
+        if process_group.get_coordinate() is None:
+            return dist.GroupMember.NON_GROUP_MEMBER  # as `new_group` gives a rank that is not in it
         return process_group.get_group()
     if not isinstance(process_group, dist.ProcessGroup) and process_group != dist.GroupMember.NON_GROUP_MEMBER:
         raise TypeError(

@@ -91,13 +91,15 @@ class BatchNorm(_BatchNorm):
             residual: like `input`.
             mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
         """
-        if isinstance(input, Proxy):  # torch.fx traces torch's layers as one call; ours too
+        proxy: Any = next((t for t in (input, residual, mask) if isinstance(t, Proxy)), None)
+        if proxy is not None:  # torch.fx traces torch's layers as one call; ours too
             if type(self).forward is not BatchNorm.forward:  # the call would run the code around this one again
                 raise TypeError(
                     f"expected a layer that torch.fx traces as one call, got {type(self).__name__} with a forward of "
                     "its own: let is_leaf_module of the Tracer return True for it"
                 )
-            return call_module(self, input, input, residual, mask)
+            others = {"residual": residual, "mask": mask}
+            return call_module(self, proxy, input, **{name: t for name, t in others.items() if t is not None})
         epilogue = Epilogue(residual, mask, self.activation)
         options: Any = {"num_features": self.num_features, "eps": self.eps, "temperature": self.temperature}
         if not self.training and self.running_mean is not None:
@@ -265,7 +267,7 @@ class LazySyncBatchNorm(nn.LazyBatchNorm1d, SyncBatchNorm):
 
     cls_to_become = SyncBatchNorm  # type: ignore[assignment]
 
-    def initialize_parameters(self, input: Tensor) -> None:
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take `num_features` from the input; torch calls this in front of the first forward pass."""
         initialize_lazy(self, super().initialize_parameters, input)
 

@@ -234,7 +234,7 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def pivot_of(mean: Tensor, x: Tensor) -> Tensor:
     """Return an approximate mean in the accumulation dtype of x, 0 where it is infinite: `x - inf` would be NaN."""
-    return mean.to(accumulation_dtype(x)).nan_to_num_(0.0, 0.0, 0.0)
+    return mean.to(accumulation_dtype(x)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def apply_mask(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -248,7 +248,7 @@ def apply_mask_(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def match_layout(tensor: Tensor, x: Tensor) -> Tensor:
-    """Return the tensor with the strides of x; a copy only if they differ."""
+    """Return the tensor with the strides of x, which may be a meta tensor; a copy only if they differ."""
     if tensor.stride() == x.stride() and not tensor.is_neg():
         return tensor
-    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_like(x, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

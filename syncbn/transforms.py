@@ -13,9 +13,14 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     """Return whether a transform of torch.func is active, or one of the tensors has a tangent (forward-mode AD)."""
     if torch.compiler.is_compiling():  # torch.func inside torch.compile is not supported
         return False
-    if torch._C._are_functorch_transforms_active():
+    if is_transform_active():
         return True
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_transform_active() -> bool:
+    """Return whether this code runs inside a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -340,3 +340,46 @@ def test_the_lightning_plugin_synchronizes_during_fit_and_reverts():
         assert kinds == ["SyncBatchNorm1d"] * 2
         assert after == "BatchNorm1d"
     torch.testing.assert_close(first[2], second[2], rtol=0, atol=0)
+
+
+def test_a_model_that_was_traced_can_be_reverted():
+    x = torch.randn(2, 3, 8, 8)
+    traced = torch.fx.symbolic_trace(syncbn.convert_sync_batchnorm(Network()))
+    expected = traced(x)
+    torch.testing.assert_close(syncbn.revert_sync_batchnorm(traced)(x), expected)
+
+
+def test_a_layer_whose_input_is_a_buffer_is_traced():
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3))
+            self.register_buffer("values", torch.randn(4, 3))
+
+        def forward(self, x, mask):
+            return self.norm(self.values, mask=mask) + x
+
+    model, x, mask = Buffered(), torch.randn(4, 3), torch.tensor([[True], [True], [False], [True]])
+    assert calls(torch.fx.symbolic_trace(model)).count("call_module norm") == 1
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, mask), model(x, mask))
+
+
+@pytest.mark.parametrize("value", [nn.ReLU(), "silu", None, nn.Parameter(torch.ones(())), torch.ones(())])
+@pytest.mark.parametrize("name", ["activation", "temperature", "process_group", "_group", "_running"])
+def test_a_subclass_with_an_attribute_of_ours_is_refused(name, value):
+    class Own(nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(3)
+            setattr(self, name, value)
+
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(TypeError, match=f"that a SyncBatchNorm has, got {name} in Own at '0': rename them"):
+        syncbn.convert_sync_batchnorm(nn.Sequential(Own()))
+
+
+def test_a_lazy_layer_takes_residual_and_mask_with_its_first_batch():
+    x, residual, mask = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([[True], [True], [False], [True]])
+    twin = syncbn.SyncBatchNorm(3)
+    torch.testing.assert_close(syncbn.LazySyncBatchNorm()(x, residual, mask=mask), twin(x, residual, mask))

@@ -270,3 +270,53 @@ def test_what_has_no_meaning_on_several_ranks_is_refused_on_every_rank():
     for index in (4, 5):
         assert "got a refusal from another rank" in first[index]
         assert "expected input of torch.float64" in second[index]
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_batched_gradients_have_derivatives(activation):
+    layer = syncbn.SyncBatchNorm(3, activation=activation, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    cotangents = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, layer.weight, cotangents]
+
+    def second(grads):
+        return torch.autograd.grad((grads.pow(3)).sum(), inputs)
+
+    y = layer(x)
+    (together,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, create_graph=True)
+    alone = torch.stack([torch.autograd.grad(y, x, c, create_graph=True)[0] for c in cotangents])
+    torch.testing.assert_close(together, alone, **TOLERANCE)
+    torch.testing.assert_close(second(together), second(alone), **TOLERANCE)
+
+
+def test_a_transform_may_surround_a_backward_pass_of_an_outer_graph():
+    layer = syncbn.SyncBatchNorm(3, activation="silu", dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    cotangent, tangent = torch.randn(2, 5, 3, dtype=torch.float64)
+    y = layer(x)
+
+    def pull(cotangent):
+        return torch.autograd.grad(y, x, cotangent, retain_graph=True)[0]
+
+    found = jvp(pull, (cotangent,), (tangent,))
+    torch.testing.assert_close(found, (pull(cotangent), pull(tangent)), **TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_batched_gradients_for_every_layout(layout, training):
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64).train(training)
+    x = torch.randn(2, 3, 4, 2, dtype=torch.float64)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        x = x.transpose(0, 3).contiguous().transpose(0, 3)
+    together, alone = (torch.autograd.functional.jacobian(layer, x, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(together, alone, **TOLERANCE)
+
+
+def test_a_network_is_linearized():
+    model = nn.Sequential(nn.Linear(3, 3), syncbn.SyncBatchNorm(3, track_running_stats=False)).double()
+    x, tangent = torch.randn(2, 4, 3, dtype=torch.float64)
+    y, f = torch.func.linearize(model, x)
+    torch.testing.assert_close((y, f(tangent)), jvp(model, (x,), (tangent,)), **TOLERANCE)

@@ -1,9 +1,12 @@
 """SyncBatchNorm in one process: a drop-in for torch's BatchNorm layers."""
 
 import inspect
+import io
 import itertools
 import subprocess
 import sys
+import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -253,3 +256,28 @@ def test_gradients_are_right_for_every_pair_of_layouts(shape, training):
         for name, found, wanted in zip(expected._fields, grads, expected, strict=True):
             scale = 1 + np.abs(wanted).max()
             np.testing.assert_allclose(found / scale, wanted / scale, atol=2e-5, err_msg=f"{name}: {own}, {other}")
+
+
+def test_an_output_of_evaluation_does_not_keep_its_input():
+    layer = syncbn.convert_sync_batchnorm(torch.nn.BatchNorm2d(3)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    memory = weakref.ref(x)
+    y = layer(x)
+    y.sum().backward()
+    del x
+    assert memory() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(y, io.BytesIO())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_tensor_of_the_wrong_size_is_refused_before_the_statistics_move(name, size):
+    layer = syncbn.SyncBatchNorm(3)
+    old = getattr(layer, name)
+    setattr(layer, name, torch.nn.Parameter(torch.ones(size)) if name in ("weight", "bias") else torch.ones(size))
+    with pytest.raises(ValueError, match=rf"expected {name} of shape \(3,\), got \({size},\)"):
+        layer(torch.randn(4, 3))
+    setattr(layer, name, old)
+    assert layer.num_batches_tracked == 0
