@@ -10,7 +10,7 @@ from syncbn import backends, differentiable
 from syncbn.activations import ACTIVATIONS, check_activation
 from syncbn.collectives import release_peers
 from syncbn.function import MatchGradientLayout, SyncBatchNormFunction
-from syncbn.groups import Group
+from syncbn.groups import Group, checked
 from syncbn.statistics import Epilogue, Running, apply_mask
 from syncbn.transforms import is_transformed
 
@@ -43,7 +43,7 @@ def sync_batch_norm(
         training: normalize with the statistics of the batch and update the running statistics.
         momentum: weight of the batch in the running statistics (torch's convention).
         eps: added to the variance.
-        process_group: the ranks that share statistics; all of them by default.
+        process_group: the ranks that share statistics, or a DeviceMesh with one dimension; all ranks by default.
         residual: like `input`, added in front of the activation.
         mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
         activation: identity, relu, leaky_relu (slope 0.01) or silu.
@@ -58,6 +58,7 @@ def sync_batch_norm(
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
     """
+    process_group = process_group if isinstance(process_group, str) else checked(process_group)
     tensors = {"weight": weight, "running_mean": running_mean, "bias": bias, "running_var": running_var}
     known = next((tensor for tensor in tensors.values() if isinstance(tensor, Tensor)), None)
     size = most_common_size(input, list(tensors.values()))

@@ -105,11 +105,15 @@ class BatchNorm(_BatchNorm):
         if not self.training and self.running_mean is not None:
             self._check_input_dim(input)
             note_evaluation(self._group())
-            buffers = (self.running_mean, self.running_var)
-            return evaluate(input, self.weight, self.bias, epilogue, *buffers, **options)
+            weight, buffers = self.weight, (self.running_mean, self.running_var)
+            if isinstance(weight, Proxy):  # a trace in which the input is a buffer
+                return call_module(self, weight, input)
+            return evaluate(input, weight, self.bias, epilogue, *buffers, **options)
         group = self._group() if self.training else LOCAL
         with release_peers(group, self.num_features, layer=self) as peers:
             weight, bias = self.weight, self.bias
+            if isinstance(weight, Proxy):
+                return call_module(self, weight, input)
             peers.announce(input, weight, bias)
             self._check_input_dim(input)
             running = self._running()

@@ -234,6 +234,9 @@ def statistics_over_a_mesh() -> tuple[float, float, str]:
     converted = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(1, momentum=1.0), mesh["model"])
     layer(x)
     converted(x)
+    mean, var = torch.zeros(1), torch.ones(1)
+    syncbn.sync_batch_norm(x, mean, var, training=True, momentum=1.0, process_group=mesh["data"])
+    torch.testing.assert_close(mean, layer.running_mean)
     try:
         syncbn.SyncBatchNorm(1, process_group=mesh)
     except ValueError as error:
@@ -357,10 +360,10 @@ def test_a_layer_whose_input_is_a_buffer_is_traced():
             self.register_buffer("values", torch.randn(4, 3))
 
         def forward(self, x, mask):
-            return self.norm(self.values, mask=mask) + x
+            return self.norm(self.values) + self.norm(self.values, mask=mask) + x
 
     model, x, mask = Buffered(), torch.randn(4, 3), torch.tensor([[True], [True], [False], [True]])
-    assert calls(torch.fx.symbolic_trace(model)).count("call_module norm") == 1
+    assert calls(torch.fx.symbolic_trace(model)).count("call_module norm") == 2
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, mask), model(x, mask))
 
 
