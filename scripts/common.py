@@ -8,6 +8,7 @@ import pickle
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import syncbn
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also runs from a checkout that is not installed
+
+import syncbn  # noqa: E402
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of mallopt
 
-ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 DOCS = ROOT / "docs"
 COLOURS = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE"]  # Paul Tol's bright palette

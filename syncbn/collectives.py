@@ -122,8 +122,9 @@ class release_peers:
             ValueError: another rank has raised, and the values are on CPU.
         """
         self.are_waiting = False
-        all_reduce_(values, self.process_group)
-        self.check_for_refusal(values)
+        if self.ranks > 1:
+            all_reduce_(values, self.process_group)
+            self.check_for_refusal(values)
         return values
 
     def differentiable_all_reduce(self, values: Tensor, second: "release_peers | None" = None) -> Tensor:

@@ -15,6 +15,8 @@ def is_transformed(*tensors: Tensor | None) -> bool:
         return False
     if is_transform_active():
         return True
+    if forward_ad._current_level < 0:  # no tangent exists
+        return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 

@@ -160,14 +160,24 @@ def test_programs_cover_all_tiles_and_respect_the_limits_of_the_device(shape, ch
     assert blocks["INT64"] or N * C * S < 2**31
 
 
-def test_kernels_compile_for_sm90_without_spills_and_with_wide_accesses():
-    """Runs in a separate process: kernels cannot be compiled under the interpreter."""
+def output_of(script: str) -> str:
+    """Run a script of this folder in a separate process, without the interpreter, under which nothing compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("sm90.py")
-    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), environment.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    path = Path(__file__).with_name(script)
+    environment["PYTHONPATH"] = os.pathsep.join([str(path.parents[1]), environment.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    found = [json.loads(line) for line in result.stdout.splitlines()]
+    return result.stdout
+
+
+def test_a_kept_binary_is_the_one_that_triton_would_choose():
+    launches, kept = map(int, output_of("kept_binaries.py").split())
+    assert launches > 800
+    assert 0.5 < kept / launches < 1  # unaligned tensors are among them
+
+
+def test_kernels_compile_for_sm90_without_spills_and_with_wide_accesses():
+    found = [json.loads(line) for line in output_of("sm90.py").splitlines()]
     kernels = {"stats", "merge_stats", "gather_stats", "elemt", "backward_reduce", "merge_sums", "backward_elemt"}
     assert {binary["kernel"] for binary in found} == {f"{name}_kernel" for name in kernels}
     for binary in found:

@@ -66,7 +66,7 @@ def test_a_part_whose_process_dies_or_hangs_fails(tmp_path, monkeypatch):
         assert "so far" in output
 
 
-def test_the_benchmark_refuses_a_candidate_that_computes_something_else():
+def test_the_benchmark_refuses_an_inexact_candidate_of_ours_and_names_another():
     case = bench_kernels.Case((6, 3, 4), "float32", "contiguous")
     x, grad_output = case.tensors("cpu")
 
@@ -75,10 +75,13 @@ def test_the_benchmark_refuses_a_candidate_that_computes_something_else():
         y = torch.nn.functional.batch_norm(leaf, None, None, training=True).relu()
         return y.detach(), torch.autograd.grad(y, leaf, grad_output)[0]
 
-    bench_kernels.check({"right": right}, x, grad_output)
+    assert bench_kernels.check({"ours, right": right, "right": right}, x, grad_output) == {}
     for wrong, kind in ((lambda: (right()[0] * 1.01, right()[1]), "output"), (lambda: (right()[0], x), "gradient")):
-        with pytest.raises(AssertionError, match=f"wrong: {kind} of channel 0 is .* off beyond rounding"):
-            bench_kernels.check({"wrong": wrong}, x, grad_output)
+        with pytest.raises(AssertionError, match=f"ours: {kind} of channel 0 is .* off beyond rounding"):
+            bench_kernels.check({"ours": wrong}, x, grad_output)
+        faults = bench_kernels.check({"ours": right, "other": wrong}, x, grad_output)
+        assert list(faults) == ["other"]
+        assert faults["other"].startswith(f"other: {kind} of channel 0 is ")
 
 
 def test_the_summary_states_the_bars():

@@ -115,7 +115,9 @@ def merge_stats_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def gather_stats_kernel(
     packed_ptr,  # (2C + 1), summed over ranks
-    statistics_ptr,  # (2C + 1) float64: mean, invstd, count
+    mean_ptr,  # float64, as the next two
+    invstd_ptr,
+    count_ptr,
     coefficients_ptr,
     weight_ptr,
     bias_ptr,
@@ -139,9 +141,9 @@ def gather_stats_kernel(
     var = tl.where(var <= rounding * mean * mean, 0.0, var)  # NaN stays
     shifted = var + eps
     invstd = tl.where(shifted == 0, 0.0, 1.0 / tl.sqrt(tl.where(shifted == 0, 1.0, shifted)))
-    tl.store(statistics_ptr + c, mean, mask=inside)
-    tl.store(statistics_ptr + C + c, invstd, mask=inside)
-    tl.store(statistics_ptr + 2 * C, count, mask=tl.program_id(0) == 0)
+    tl.store(mean_ptr + c, mean, mask=inside)
+    tl.store(invstd_ptr + c, invstd, mask=inside)
+    tl.store(count_ptr, count, mask=tl.program_id(0) == 0)
 
     pivot = mean.to(tl.float32)
     pivot_error = pivot.to(tl.float64) - mean

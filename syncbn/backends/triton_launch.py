@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 
 from syncbn.backends import triton_kernels
 from syncbn.statistics import (
@@ -39,8 +40,11 @@ CHANNELS_PER_PROGRAM = 256  # in gather_stats_kernel
 REDUCE_PROGRAMS, REDUCE_MIN_TILES = 16, 4
 ELEMT_PROGRAMS, ELEMT_MAX_TILES = 8, 8
 MAX_GRID_Y = 65535
-INT32_OFFSETS = 2**31
+INT32_OFFSETS = INT32_SIZES = 2**31
+ALIGNMENT = 16  # bytes; Triton builds other binaries for addresses that are no multiples of it
 EXACT_COUNT = 2**24  # the count of a program is a float32
+
+_binaries: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}  # of `launch`, with the constants in order
 
 
 class Plan(NamedTuple):
@@ -50,6 +54,8 @@ class Plan(NamedTuple):
     constexprs: dict[str, Any]
     reduce_grid: tuple[int, int]  # blocks of channels, splits
     reduce_tiles: int  # per program
+    merge_grid: tuple[int, int]  # of the results of those programs
+    merge_constexprs: dict[str, int]
     elemt_grid: tuple[int, int]
     elemt_tiles: int
 
@@ -88,8 +94,7 @@ def pack_stats(x: Tensor, mask: Tensor | None) -> Tensor:
         x, _flat_mask(mask, x), partials, *plan.sizes, plan.reduce_tiles,
         **plan.constexprs,
     )  # fmt: skip
-    grid, blocks = _merge_blocks(C, splits)
-    launch(triton_kernels.merge_stats_kernel, grid, partials, packed, C, splits, *blocks)
+    launch(triton_kernels.merge_stats_kernel, plan.merge_grid, partials, packed, C, splits, **plan.merge_constexprs)
     return packed
 
 
@@ -114,7 +119,8 @@ def gather_stats(
 ) -> tuple[Tensor, Channels]:
     """Return the count of the group and the per-channel values; move the running statistics."""
     C = packed.shape[0] // 2
-    statistics = torch.empty(2 * C + 1, dtype=torch.float64, device=packed.device)
+    mean, invstd = (torch.empty(C, dtype=torch.float64, device=packed.device) for _ in range(2))
+    count = torch.empty((), dtype=torch.float64, device=packed.device)
     coefficients = torch.empty(5, C, dtype=torch.float32, device=packed.device)
     parameters = [None if parameter is None else parameter.contiguous() for parameter in (weight, bias)]
     buffers = [] if running is None else [tensor for tensor in running[:3] if tensor is not None]
@@ -124,15 +130,15 @@ def gather_stats(
     launch(
         triton_kernels.gather_stats_kernel,
         (triton.cdiv(C, CHANNELS_PER_PROGRAM), 1),
-        packed, statistics, coefficients, *parameters, *moved, *[None] * (3 - len(moved)),
-        eps, rounding_of_variance(ranks), momentum, C, is_cumulative, CHANNELS_PER_PROGRAM,
+        packed, mean, invstd, count, coefficients, *parameters, *moved, *[None] * (3 - len(moved)),
+        eps, rounding_of_variance(ranks), momentum, C,
+        CUMULATIVE=is_cumulative, BLOCK_C=CHANNELS_PER_PROGRAM,
     )  # fmt: skip
-    mean, invstd, count = statistics.split([C, C, 1])
-    count = count.view(())
+    torch.autograd.graph.increment_version(
+        [buffer for buffer, own in zip(buffers, moved, strict=True) if own is buffer]
+    )
     for buffer, own in zip(buffers, moved, strict=True):
-        if own is buffer:
-            torch.autograd.graph.increment_version(buffer)
-        else:
+        if own is not buffer:
             buffer.copy_(own)
     if is_cumulative:  # every program reads the number of batches, so none may write it
         assert running is not None
@@ -180,11 +186,11 @@ def backward_reduce(
             partials, *plan.sizes, plan.reduce_tiles,
             ACTIVATION=epilogue.activation, **plan.constexprs,
         )  # fmt: skip
-        grid, blocks = _merge_blocks(C, splits)
         launch(
             triton_kernels.merge_sums_kernel,
-            grid,
-            partials, coefficients, sums, grad_weight, grad_bias, C, splits, *blocks,
+            plan.merge_grid,
+            partials, coefficients, sums, grad_weight, grad_bias, C, splits,
+            **plan.merge_constexprs,
         )  # fmt: skip
     return Reduced(sums, grad_weight, grad_bias, grad_output if output_mask.dy and is_copy else dy)
 
@@ -240,11 +246,13 @@ def plan(N: int, C: int, S: int, *, channels_last: bool, multiprocessors: int) -
         "STAGES": TILE_STAGES,
         "num_warps": TILE_WARPS,
     }
+    splits = triton.cdiv(tiles, reduce_tiles)
     return Plan(
         (N, C // align_c, S // align_s),
         constexprs,
-        (c_blocks, triton.cdiv(tiles, reduce_tiles)),
+        (c_blocks, splits),
         reduce_tiles,
+        *_merge_blocks(C, splits),
         (c_blocks, triton.cdiv(tiles, elemt_tiles)),
         elemt_tiles,
     )
@@ -259,14 +267,30 @@ def _row(S: int, elements: int) -> int:
     return next((size for size in sizes if idle[size] <= MAX_IDLE), min(sizes, key=idle.__getitem__))
 
 
+def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Return the grid and block sizes of the kernels that merge the results of programs.
+
+    The more results per channel, the fewer channels per program: with few programs the rest of the GPU is idle.
+    """
+    block_k = min(max(triton.next_power_of_2(splits), MERGE_MIN_SPLITS), MERGE_ELEMENTS)
+    block_c = min(triton.next_power_of_2(C), MERGE_ELEMENTS // block_k)
+    return (triton.cdiv(C, block_c), 1), {"BLOCK_C": block_c, "BLOCK_K": block_k}
+
+
 def _plan_of(x: Tensor) -> Plan:
-    N, C = x.shape[:2]
-    positions = x.numel() // C
+    return _plan_for(x.shape, x.stride(), x.device)
+
+
+@lru_cache(maxsize=1024)
+def _plan_for(shape: torch.Size, stride: tuple[int, ...], device: torch.device) -> Plan:
+    N, C = shape[:2]
+    positions = shape.numel() // C
+    multiprocessors = multiprocessors_of(device)
     if C == 1:
-        return plan(1, 1, positions, channels_last=False, multiprocessors=multiprocessors_of(x.device))
-    if _is_channels_last(x):
-        return plan(1, C, positions, channels_last=True, multiprocessors=multiprocessors_of(x.device))
-    return plan(N, C, positions // N, channels_last=False, multiprocessors=multiprocessors_of(x.device))
+        return plan(1, 1, positions, channels_last=False, multiprocessors=multiprocessors)
+    if _is_channels_last(torch.empty_strided(shape, stride, device="meta")):
+        return plan(1, C, positions, channels_last=True, multiprocessors=multiprocessors)
+    return plan(N, C, positions // N, channels_last=False, multiprocessors=multiprocessors)
 
 
 @lru_cache
@@ -289,21 +313,34 @@ def _flat_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous().view(torch.uint8)
 
 
-def _merge_blocks(C: int, splits: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the grid and (BLOCK_C, BLOCK_K) of the kernels that merge the results of programs.
-
-    The more results per channel, the fewer channels per program: with few programs the rest of the GPU is idle.
-    """
-    block_k = min(max(triton.next_power_of_2(splits), MERGE_MIN_SPLITS), MERGE_ELEMENTS)
-    block_c = min(triton.next_power_of_2(C), MERGE_ELEMENTS // block_k)
-    return (triton.cdiv(C, block_c), 1), (block_c, block_k)
-
-
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constexprs: Any) -> None:
-    """Launch a kernel on the device of its tensors; every launch of this module goes through here."""
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    """Launch a kernel on the device of its first argument; every launch of this module goes through here.
+
+    At each call Triton searches a binary for the types and constants of all arguments, for longer than most kernels
+    run. Binaries are therefore kept by what selects them: device, dtypes, constants, and whether all addresses are
+    multiples of 16 bytes and all sizes fit into 32 bits; for others, which are rare, Triton searches each time.
+    """
+    device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **constexprs)
-    else:
-        kernel[grid](*arguments, **constexprs)
+            launch(kernel, grid, *arguments, **constexprs)
+        return
+    addresses, largest, key = 0, 0, [id(kernel), device, *constexprs.values()]
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            largest = max(largest, argument)
+        elif kind is Tensor or kind is Parameter:
+            addresses |= argument.data_ptr()
+            key.append(argument.dtype)
+        else:
+            key.append(kind)
+    is_usual = addresses % ALIGNMENT == 0 and largest < INT32_SIZES
+    found = _binaries.get(tuple(key)) if is_usual else None
+    if found is not None:
+        binary, constants = found
+        binary[*grid, 1](*arguments, *constants)
+        return
+    binary = kernel[grid](*arguments, **constexprs)
+    if is_usual and binary is not None:  # the interpreter returns None
+        _binaries[tuple(key)] = binary, [constexprs[name] for name in kernel.arg_names if name in constexprs]
