@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEAKY_RELU_SLOPE = 0.01  # the default of torch.nn.LeakyReLU
@@ -27,7 +27,17 @@ ACTIVATIONS = {
         lambda dy, z: torch.ops.aten.leaky_relu_backward(dy, z, LEAKY_RELU_SLOPE, False),
     ),
     "silu": Activation(F.silu, lambda z: F.silu(z, inplace=True), torch.ops.aten.silu_backward),
+    "relu6": Activation(
+        F.relu6, lambda z: F.relu6(z, inplace=True), lambda dy, z: torch.ops.aten.hardtanh_backward(dy, z, 0, 6)
+    ),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_, torch.ops.aten.gelu_backward),
+    "hardswish": Activation(F.hardswish, lambda z: F.hardswish(z, inplace=True), torch.ops.aten.hardswish_backward),
 }
+
+MODULES: dict[str, type[nn.Module]] = {  # that do the same with their default arguments
+    "identity": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "relu6": nn.ReLU6,
+    "gelu": nn.GELU, "hardswish": nn.Hardswish,
+}  # fmt: skip
 
 
 def check_activation(name: str) -> None:

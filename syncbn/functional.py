@@ -46,7 +46,7 @@ def sync_batch_norm(
         process_group: the ranks that share statistics, or a DeviceMesh with one dimension; all ranks by default.
         residual: like `input`, added in front of the activation.
         mask: bool, broadcastable to (N, 1, *S); where False, values count as absent and the output is 0.
-        activation: identity, relu, leaky_relu (slope 0.01) or silu.
+        activation: identity, relu, leaky_relu (slope 0.01), silu, relu6, gelu or hardswish.
 
     Returns:
         `activation(bn(input) + residual)`, like `input` in shape, dtype and memory format.

@@ -179,7 +179,8 @@ class SyncBatchNorm(BatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: with `affine`, learn `bias` beside `weight`.
-        activation: identity, relu, leaky_relu (slope 0.01) or silu; its input is computed again in backward, not kept.
+        activation: identity, relu, leaky_relu (slope 0.01), silu, relu6, gelu or hardswish; its input is computed again
+            in backward, not kept.
         temperature: factor on the normalized output, above 1 sharper, below 1 smoother; not part of the state_dict.
 
     Raises:

@@ -4,6 +4,7 @@
 the results with the oracle on the whole batch.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,20 @@ from syncbn.backends import Backend
 from syncbn.statistics import Epilogue, OutputMask, Reduced, Running, match_layout, unpack_sums
 
 EPS = 1e-5
+_normal_cdf = np.vectorize(lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2))), otypes=[float])
 ACTIVATIONS = {  # function and derivative, in NumPy
     "identity": (lambda z: z, np.ones_like),
     "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float)),
     "leaky_relu": (lambda z: np.where(z > 0, z, 0.01 * z), lambda z: np.where(z > 0, 1, 0.01)),
     "silu": (lambda z: z / (1 + np.exp(-z)), lambda z: (1 + z * (1 - 1 / (1 + np.exp(-z)))) / (1 + np.exp(-z))),
+    "relu6": (lambda z: np.clip(z, 0, 6), lambda z: ((z > 0) & (z < 6)).astype(float)),
+    "gelu": (lambda z: z * _normal_cdf(z), lambda z: _normal_cdf(z) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)),
+    "hardswish": (
+        lambda z: z * np.clip(z + 3, 0, 6) / 6,
+        lambda z: np.where(z <= -3, 0, np.where(z >= 3, 1, z / 3 + 0.5)),
+    ),
 }
+KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}  # their derivative jumps there
 
 
 class Case(NamedTuple):
@@ -33,6 +42,7 @@ class Case(NamedTuple):
     mask: bool = False
     mean: float = 5.0  # mean of x; its standard deviation is 1
     affine: bool = True
+    scale: float = 1.0  # standard deviation of the weight
     momentum: float | None = 0.1
     split: tuple[int, ...] = ()  # batch sizes of several ranks; empty: one rank
 
@@ -70,6 +80,7 @@ CASES = [
     Case((2, 3, 64, 40), split=(1, 1)),
     Case((2, 3, 64, 40), mean=0.5, residual=False, needs_dy=False),
     Case((5, 6, 13, 31), channels_last=True, needs_dy=False),
+    *(Case((4, 3, 9, 8), activation=name, scale=4.0) for name in ("relu6", "gelu", "hardswish")),
 ]
 
 
@@ -125,6 +136,7 @@ def build(case: Case, device: str) -> Batch:
     )
     dtype = torch.promote_types(case.dtype, torch.float32)
     weight, bias = torch.randn(2, C, generator=generator).to(device, dtype)
+    weight = weight * case.scale
     mask = (torch.rand(N, 1, *case.shape[2:], generator=generator) < 0.7).to(device)
     zeros, ones = (torch.full((C,), value, dtype=dtype, device=device) for value in (0, 1))
     return Batch(
@@ -239,7 +251,7 @@ def expected_of(case: Case, batch: Batch) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "valid": valid,
-        "smooth": np.abs(z) > (1e-5 if case.activation in ("relu", "leaky_relu") else -1),
+        "smooth": np.all([np.abs(z - kink) > 1e-5 for kink in KINKS.get(case.activation, (np.inf,))], axis=0),
         "mean": forward.mean, "var": forward.var, "running": running,
         "scale": forward.invstd * (1 if weight is None else weight),
         "y": function(z), "dy": dy, **gradients._asdict(),

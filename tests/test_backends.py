@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
 from syncbn import backends, reference
+from syncbn.activations import ACTIVATIONS
 from syncbn.backends import cpu
 from syncbn.statistics import Epilogue, Running
 
@@ -279,7 +280,7 @@ def test_an_activation_keeps_nan_and_a_refused_count_moves_nothing(triton_launch
     packed = torch.full((7,), torch.nan, dtype=torch.float64, device=device)
     running = Running(torch.zeros(3, device=device), torch.ones(3, device=device), None, 0.1)
     x = torch.randn(4, 3, device=device)
-    for activation in ("identity", "relu", "leaky_relu", "silu"):
+    for activation in ACTIVATIONS:
         epilogue = Epilogue(activation=activation)
         y, count, _ = triton_launch.normalize(x, packed, None, None, epilogue, eps=1e-5, ranks=2, running=running)
         assert count.isnan()

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from contract import ACTIVATIONS
 from ranks import run_ranks
 
 import syncbn
 from syncbn import reference
 
-ACTIVATIONS = {  # function and derivative, in NumPy
-    "identity": (lambda z: z, np.ones_like),
-    "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(float)),
-    "leaky_relu": (lambda z: np.where(z > 0, z, 0.01 * z), lambda z: np.where(z > 0, 1, 0.01)),
-    "silu": (lambda z: z / (1 + np.exp(-z)), lambda z: (1 + z * (1 - 1 / (1 + np.exp(-z)))) / (1 + np.exp(-z))),
-}
 SPLITS = {"one": (9,), "uneven": (2, 7), "empty": (5, 0, 4)}
 SHAPE = (9, 4, 3, 2)
 
@@ -178,7 +173,10 @@ def test_a_residual_or_mask_that_does_not_fit_is_refused(arguments, message, tra
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"activation": "gelu"}, "expected activation to be one of identity, relu, leaky_relu, silu, got 'gelu'"),
+        (
+            {"activation": "selu"},
+            "expected activation to be one of identity, relu, leaky_relu, silu, relu6, gelu, hardswish",
+        ),
         ({"temperature": 0.0}, "expected temperature above 0, got 0.0"),
     ],
 )

@@ -10,6 +10,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from syncbn.activations import ACTIVATIONS
 
 SPLITS = {"one": (10,), "two": (3, 7), "three": (4, 0, 6), "four": (1, 2, 3, 4)}
 
@@ -92,7 +93,7 @@ def test_gradient_penalty_and_hessian_vector_products_equal_those_of_one_process
             torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("activation, with_mask", itertools.product(["identity", "leaky_relu", "silu"], [False, True]))
+@pytest.mark.parametrize("activation, with_mask", itertools.product(ACTIVATIONS, [False, True]))
 def test_first_and_second_derivatives_pass_gradcheck(activation, with_mask):
     x, residual = torch.randn(2, 5, 3, 2, dtype=torch.float64)
     weight, bias = torch.randn(2, 3, dtype=torch.float64)

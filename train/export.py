@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 import syncbn
+from syncbn.activations import MODULES
 from train import commands
 from train.distenv import Refusal
 
@@ -93,8 +94,7 @@ def _without_fusion(layer: syncbn.BatchNorm) -> nn.Module:
         norm.bias.mul_(layer.temperature)
     if layer.activation == "identity":
         return norm.eval()
-    activation = {"relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(), "silu": nn.SiLU()}[layer.activation]
-    both = _Activated(norm, activation)
+    both = _Activated(norm, MODULES[layer.activation]())
     both.activation = layer.activation
     return both.eval()
 

@@ -87,7 +87,7 @@ def synchronized(
 
     Args:
         group: all ranks ("world"), the ranks of a node ("node"), or a number of consecutive ranks.
-        activation: identity, relu, leaky_relu or silu, fused into the layer.
+        activation: identity, relu, leaky_relu, silu, relu6, gelu or hardswish, fused into the layer.
         temperature: factor on the normalized output.
     """
     layer = partial(batch_norm, activation=activation, temperature=temperature)

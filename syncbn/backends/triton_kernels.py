@@ -11,12 +11,15 @@ float32 and pivot_error is pivot - mean, so that `x - pivot` is exact where x is
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
+
 import triton
 import triton.language as tl
 
 from syncbn import activations
 
 SLOPE = tl.constexpr(activations.LEAKY_RELU_SLOPE)
+SQRT_HALF, NORMAL_PEAK = tl.constexpr(0.5**0.5), tl.constexpr((2 * math.pi) ** -0.5)
 
 # Sizes change from batch to batch, so none of them selects another binary. ALIGN_C and ALIGN_S give the alignment.
 SIZES = ["N", "C_units", "S_units", "tiles_per_program", "C", "splits"]
@@ -411,6 +414,12 @@ def _activate(z, ACTIVATION: tl.constexpr):
         z = tl.where(z > 0, z, z * SLOPE)
     elif ACTIVATION == "silu":
         z = z * tl.sigmoid(z)
+    elif ACTIVATION == "relu6":
+        z = tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+    elif ACTIVATION == "gelu":
+        z = z * 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
+    elif ACTIVATION == "hardswish":
+        z = tl.where(z <= -3, 0.0, tl.where(z >= 3, z, z * (z + 3.0) * (1.0 / 6.0)))
     else:
         tl.static_assert(ACTIVATION == "identity")
     return z
@@ -423,6 +432,12 @@ def _activate_backward(dy, z, ACTIVATION: tl.constexpr):
         dy = tl.where(z <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
         dy = tl.where(z > 0, dy, dy * SLOPE)
+    elif ACTIVATION == "relu6":
+        dy = tl.where((z <= 0) | (z >= 6), 0.0, dy)
+    elif ACTIVATION == "gelu":
+        dy = dy * (0.5 * (1.0 + tl.erf(z * SQRT_HALF)) + z * tl.exp(z * z * -0.5) * NORMAL_PEAK)
+    elif ACTIVATION == "hardswish":
+        dy = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * (z * (1.0 / 3.0) + 0.5)))
     else:
         tl.static_assert(ACTIVATION == "silu")
         sigmoid = tl.sigmoid(z)
