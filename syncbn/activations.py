@@ -40,6 +40,16 @@ MODULES: dict[str, type[nn.Module]] = {  # that do the same with their default a
 }  # fmt: skip
 
 
+def name_of(module: nn.Module) -> str | None:
+    """Return the name of the activation that a module is, in place or not; None if there is none."""
+    name = next((name for name, kind in MODULES.items() if type(module) is kind), None)
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope != LEAKY_RELU_SLOPE:
+        return None
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return None
+    return name
+
+
 def check_activation(name: str) -> None:
     """Raise ValueError, on this rank alone, unless `name` is one of `ACTIVATIONS`."""
     if name not in ACTIVATIONS:

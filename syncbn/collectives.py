@@ -127,6 +127,23 @@ class release_peers:
             self.check_for_refusal(values)
         return values
 
+    def start_all_reduce_(self, values: Tensor) -> Callable[[], None]:
+        """Start to sum `values`, (2C + 1,) float64, in place; return the function that waits for the sum.
+
+        It makes the host wait with gloo, and the current stream with NCCL. Whatever happens in between, it must be
+        called; it raises ValueError if another rank has raised, and the values are on CPU.
+        """
+        self.are_waiting = False
+        if self.ranks == 1 or isinstance(self.process_group, str):
+            return lambda: None
+        work: Any = dist.all_reduce(values, group=self.process_group, async_op=True)
+
+        def wait() -> None:
+            work.wait()
+            self.check_for_refusal(values)
+
+        return wait
+
     def differentiable_all_reduce(self, values: Tensor, second: "release_peers | None" = None) -> Tensor:
         """Return the sum as a differentiable function of `values`, which are not changed.
 

@@ -5,6 +5,7 @@ rank takes part in two all-reduces, whether or not its x needs a gradient. `forw
 transform of torch.func, and for tensors with a tangent.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from syncbn.activations import ACTIVATIONS
 from syncbn.collectives import release_peers
+from syncbn.convolution import Geometry, convolve
 from syncbn.statistics import (
     Epilogue,
     Running,
@@ -82,7 +84,7 @@ def normalize(
 
 
 def backward(
-    grad_output: Tensor,
+    grad_outputs: tuple[Tensor | None, ...],
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -93,15 +95,19 @@ def backward(
     mean: Tensor,
     eps: float,
     peers: release_peers,
+    convolutions: tuple[Sequence[Geometry], tuple[Tensor | None, ...], torch.dtype] | None = None,
+    needs_parameters: tuple[bool, ...] = (),
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias and residual, None where they are not needed.
+    """Return the gradients of x, weight, bias, residual and of the convolutions' parameters, None if not needed.
 
     Args:
-        grad_output: like x.
+        grad_outputs: like x, one; or with `convolutions`, one like the output of each, or None.
         needs_grad: of x, weight, bias and residual.
         count: () float64, of the group.
         mean: (C,) float64, of the group.
         peers: the block of this backward pass.
+        convolutions: that read y, with their parameters and the dtype in which they compute.
+        needs_parameters: whether these need a gradient.
     """
     needs_x, _, _, needs_residual = needs_grad
     second = release_peers(peers.process_group, x.shape[1], tensors=(x,))
@@ -114,28 +120,40 @@ def backward(
             bias = nn.Parameter(bias)
         # Views, so that differentiation stops there even if one input was computed from another.
         x = x.view_as(x)
-        weight, bias, residual = (t if t is None else t.view_as(t) for t in (weight, bias, residual))
+        geometries, own_parameters, dtype = convolutions or ((), (), x.dtype)
+        weight, bias, residual, *parameters = (
+            t if t is None else t.view_as(t) for t in (weight, bias, residual, *own_parameters)
+        )
         # always with x: every rank has to take part in the second all-reduce
-        needed = [True, *needs_grad[1:]]
-        tensors = [x, weight, bias, residual]
+        needed = [True, *needs_grad[1:], *needs_parameters]
+        tensors = [x, weight, bias, residual, *parameters]
         inputs = [t for t, needs in zip(tensors, needed, strict=True) if needs and t is not None]
 
-        def forward_again(*inputs: Tensor) -> Tensor:
+        def forward_again(*inputs: Tensor) -> tuple[Tensor, ...]:
             given = iter(inputs)
-            x, weight, bias, residual = (
+            x, weight, bias, residual, *parameters = (
                 next(given) if needs and t is not None else t for t, needs in zip(tensors, needed, strict=True)
             )
             assert x is not None
             own = epilogue._replace(residual=residual)
-            return _forward_again(x, weight, bias, own, count=count, pivot=mean, eps=eps, peers=peers, second=second)
+            y = _forward_again(x, weight, bias, own, count=count, pivot=mean, eps=eps, peers=peers, second=second)
+            return (y,) if convolutions is None else convolve(y, geometries, parameters, dtype)
 
         if is_transform_active():  # torch.autograd.grad would not see through its wrappers
-            found: Any = torch.func.vjp(forward_again, *inputs)[1](grad_output)
+            outputs, pull_back, *_ = torch.func.vjp(forward_again, *inputs)
+            found: Any = pull_back(_without_none(grad_outputs, outputs))
         else:
-            found = torch.autograd.grad(forward_again(*inputs), inputs, grad_output, create_graph=True)
+            outputs = forward_again(*inputs)
+            found = torch.autograd.grad(outputs, inputs, _without_none(grad_outputs, outputs), create_graph=True)
         grads = iter(found)
     grad_input = next(grads)
-    return grad_input if needs_x else None, *(next(grads) if needs else None for needs in needs_grad[1:])
+    return grad_input if needs_x else None, *(next(grads) if needs else None for needs in needed[1:])
+
+
+def _without_none(grads: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.zeros_like(output) if grad is None else grad for grad, output in zip(grads, outputs, strict=True)
+    )
 
 
 def _forward_again(

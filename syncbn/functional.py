@@ -1,5 +1,6 @@
 """sync_batch_norm: argument checks, then the autograd Function, in a block where an error reaches every rank."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,7 +73,10 @@ def sync_batch_norm(
         check_activation(activation)
         check_per_channel(input, tensors)
         running = running_of(running_mean, running_var, None, momentum)
-        return normalize_over_group(peers, input, weight, bias, epilogue, num_features=None, eps=eps, running=running)
+        y: Tensor = normalize_over_group(
+            peers, input, weight, bias, epilogue, num_features=None, eps=eps, running=running
+        )
+        return y
 
 
 def normalize_over_group(
@@ -86,13 +90,15 @@ def normalize_over_group(
     eps: float,
     running: Running | None,
     temperature: float = 1.0,
-) -> Tensor:
+    apply: Callable[..., Any] = SyncBatchNormFunction.apply,
+) -> Any:
     """Return `activation(temperature * bn(x) + residual)` over the group of `peers`; move the running statistics.
 
     Args:
         peers: the block that surrounds this call.
         num_features: C if it is known without x.
         running: moved in place, but not while a checkpoint recomputes.
+        apply: takes the arguments of `SyncBatchNormFunction`; what it returns is returned, except under transforms.
 
     Raises:
         ValueError: as `sync_batch_norm`.
@@ -113,8 +119,7 @@ def normalize_over_group(
         packed = backends.PLAIN.pack_stats(x, mask)
         return backends.PLAIN.normalize(x, packed, weight, bias, epilogue, eps=eps, ranks=1, running=running)[0]
     moved = (None, None, None, None) if running is None else running
-    y: Tensor = SyncBatchNormFunction.apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
-    return y
+    return apply(x, weight, bias, residual, mask, *moved, eps, activation, peers)
 
 
 def evaluate(

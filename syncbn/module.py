@@ -16,9 +16,10 @@ from syncbn import groups
 from syncbn.activations import check_activation
 from syncbn.checks import note_evaluation
 from syncbn.collectives import release_peers
+from syncbn.function import SyncBatchNormFunction
 from syncbn.functional import evaluate, normalize_over_group, running_of
 from syncbn.groups import LOCAL, Group
-from syncbn.statistics import Epilogue, Running
+from syncbn.statistics import Epilogue
 
 _GROUP_ATTRIBUTES = ("process_group", "unsynced_group")
 
@@ -101,24 +102,16 @@ class BatchNorm(_BatchNorm):
             others = {"residual": residual, "mask": mask}
             return call_module(self, proxy, input, **{name: t for name, t in others.items() if t is not None})
         epilogue = Epilogue(residual, mask, self.activation)
-        options: Any = {"num_features": self.num_features, "eps": self.eps, "temperature": self.temperature}
         if not self.training and self.running_mean is not None:
             self._check_input_dim(input)
             note_evaluation(self._group())
             weight, buffers = self.weight, (self.running_mean, self.running_var)
             if isinstance(weight, Proxy):  # a trace in which the input is a buffer
                 return call_module(self, weight, input)
+            options: Any = {"num_features": self.num_features, "eps": self.eps, "temperature": self.temperature}
             return evaluate(input, weight, self.bias, epilogue, *buffers, **options)
-        group = self._group() if self.training else LOCAL
-        with release_peers(group, self.num_features, layer=self) as peers:
-            weight, bias = self.weight, self.bias
-            if isinstance(weight, Proxy):
-                return call_module(self, weight, input)
-            peers.announce(input, weight, bias)
-            self._check_input_dim(input)
-            running = self._running()
-            running = running if self.training and self.track_running_stats else None
-            return normalize_over_group(peers, input, weight, bias, epilogue, running=running, **options)
+        y: Tensor = normalize_batch(self, input, epilogue)
+        return y
 
     def reset_parameters(self) -> None:
         """Set the running mean to 0, the running variance to 1, weight to 1 and bias to 0."""
@@ -151,12 +144,31 @@ class BatchNorm(_BatchNorm):
     def _group(self) -> Group:
         return LOCAL
 
-    def _running(self) -> Running | None:
-        mean, var = self.running_mean, self.running_var  # looked up once: attribute access of a module is slow
-        return running_of(mean, var, self.num_batches_tracked, self.momentum)
-
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # any number; `check_input` requires at least two
+
+
+def normalize_batch(
+    layer: Any, input: Tensor, epilogue: Epilogue, apply: Callable[..., Any] = SyncBatchNormFunction.apply
+) -> Any:
+    """Normalize with the statistics of the batch as the layer does, or a local one of torch's, by `apply`.
+
+    Raises:
+        ValueError: as `sync_batch_norm`.
+    """
+    group = layer._group() if layer.training and isinstance(layer, BatchNorm) else LOCAL
+    with release_peers(group, layer.num_features, layer=layer) as peers:
+        weight, bias = layer.weight, layer.bias  # looked up once: attribute access of a module is slow
+        if isinstance(weight, Proxy):
+            return call_module(layer, weight, input)
+        peers.announce(input, weight, bias)
+        layer._check_input_dim(input)
+        mean, var = layer.running_mean, layer.running_var
+        running = running_of(mean, var, layer.num_batches_tracked, layer.momentum)
+        running = running if layer.training and layer.track_running_stats else None
+        options = {"num_features": layer.num_features, "eps": layer.eps, "running": running, "apply": apply}
+        temperature = getattr(layer, "temperature", 1.0)
+        return normalize_over_group(peers, input, weight, bias, epilogue, temperature=temperature, **options)
 
 
 class SyncBatchNorm(BatchNorm):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+import syncbn
+
 NormFactory = Callable[[int], nn.Module]
 SMALL_IMAGE = 64  # pixels per side; up to this size the 7x7 stem and its pooling would leave too few pixels
 
@@ -17,18 +19,31 @@ def normalize_and_activate(norm: nn.Module, x: Tensor, order: str = "bn_relu") -
     """Return relu(norm(x)), or norm(relu(x)) for the order "relu_bn"; a fused activation replaces the ReLU."""
     if order == "relu_bn":
         return norm(x.relu())
-    activates = getattr(norm, "activation", "identity") != "identity"
-    return norm(x) if activates else norm(x).relu()
+    return norm(x) if _activates(norm) else norm(x).relu()
+
+
+def _activates(norm: nn.Module) -> bool:
+    return getattr(norm, "activation", "identity") != "identity"
 
 
 def check_order(order: str, norm: nn.Module) -> None:
     """Raise ValueError for an unknown order, or for "relu_bn" with a norm that has a fused activation."""
     if order not in ("bn_relu", "relu_bn"):
         raise ValueError(f"order must be bn_relu or relu_bn, got {order}")
-    if order == "relu_bn" and getattr(norm, "activation", "identity") != "identity":
+    if order == "relu_bn" and _activates(norm):
         raise ValueError(
             "order=relu_bn activates before the norm, and this norm activates after it: set norm.activation=identity"
         )
+
+
+def convolve_activated(
+    norm: nn.Module, x: Tensor, *convolutions: nn.Module, order: str = "bn_relu", fused: bool = True
+) -> tuple[Tensor, ...]:
+    """Return each convolution of relu(norm(x)); with `fused` as one unit that does not keep the activated tensor."""
+    if fused and order == "bn_relu":
+        return syncbn.call_fused(norm, convolutions, x, activation="identity" if _activates(norm) else "relu")
+    activated = normalize_and_activate(norm, x, order)
+    return tuple(convolution(activated) for convolution in convolutions)
 
 
 class _PreActUnit(nn.Module):
@@ -44,9 +59,11 @@ class _PreActUnit(nn.Module):
             always true in a unit that changes the shape.
         order: "bn_relu", or "relu_bn" to normalize after the activation.
         dropout: dropout probability before the last convolution.
+        fused: whether norm, ReLU and the convolutions that read them are one unit (`syncbn.NormActConv`).
     """
 
     expansion: int
+    conv1: nn.Conv2d
 
     def __init__(
         self,
@@ -59,9 +76,10 @@ class _PreActUnit(nn.Module):
         share_preactivation: bool = False,
         order: str = "bn_relu",
         dropout: float = 0.0,
+        fused: bool = True,
     ) -> None:
         super().__init__()
-        self.order = order
+        self.order, self.fused = order, fused
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         out_channels = width * self.expansion
         self.shortcut: nn.Module | None = None
@@ -75,9 +93,19 @@ class _PreActUnit(nn.Module):
         """Create the layers between the first ReLU and the addition."""
         raise NotImplementedError
 
-    def branch(self, activated: Tensor) -> Tensor:
-        """Return the residual for an input that is normalized and activated."""
+    def branch(self, x: Tensor) -> Tensor:
+        """Return the residual for the output of the first convolution."""
         raise NotImplementedError
+
+    def convolve(self, norm: nn.Module, x: Tensor, *convolutions: nn.Module) -> tuple[Tensor, ...]:
+        """Return each convolution of the normalized and activated x."""
+        return convolve_activated(norm, x, *convolutions, order=self.order, fused=self.fused)
+
+    def last(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Return the last convolution of the normalized and activated x, behind the dropout."""
+        if not isinstance(self.dropout, nn.Identity):
+            return self.last_convolution(self.dropout(normalize_and_activate(norm, x, self.order)))
+        return self.convolve(norm, x, self.last_convolution)[0]
 
     @property
     def last_convolution(self) -> nn.Conv2d:
@@ -86,11 +114,15 @@ class _PreActUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return shortcut + residual: (N, in_channels, H, W) to (N, width * expansion, H / stride, W / stride)."""
-        activated = normalize_and_activate(self.norm1, x, self.order)
-        identity = activated if self.share_preactivation else x
+        identity = x
         if self.shortcut is not None:
-            identity = self.shortcut(identity)
-        return identity + self.branch(activated)
+            hidden, identity = self.convolve(self.norm1, x, self.conv1, self.shortcut)
+        elif self.share_preactivation:  # the addition reads the activated tensor too
+            identity = normalize_and_activate(self.norm1, x, self.order)
+            hidden = self.conv1(identity)
+        else:
+            (hidden,) = self.convolve(self.norm1, x, self.conv1)
+        return identity + self.branch(hidden)
 
 
 class PreActBlock(_PreActUnit):
@@ -104,10 +136,9 @@ class PreActBlock(_PreActUnit):
         self.norm2 = norm_layer(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=bias)
 
-    def branch(self, activated: Tensor) -> Tensor:
-        """Return the residual for an input that is normalized and activated."""
-        residual = normalize_and_activate(self.norm2, self.conv1(activated), self.order)
-        return self.conv2(self.dropout(residual))
+    def branch(self, x: Tensor) -> Tensor:
+        """Return the residual for the output of the first convolution."""
+        return self.last(self.norm2, x)
 
     @property
     def last_convolution(self) -> nn.Conv2d:
@@ -128,11 +159,9 @@ class PreActBottleneck(_PreActUnit):
         self.norm3 = norm_layer(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=bias)
 
-    def branch(self, activated: Tensor) -> Tensor:
-        """Return the residual for an input that is normalized and activated."""
-        residual = normalize_and_activate(self.norm2, self.conv1(activated), self.order)
-        residual = normalize_and_activate(self.norm3, self.conv2(residual), self.order)
-        return self.conv3(self.dropout(residual))
+    def branch(self, x: Tensor) -> Tensor:
+        """Return the residual for the output of the first convolution."""
+        return self.last(self.norm3, *self.convolve(self.norm2, x, self.conv2))
 
     @property
     def last_convolution(self) -> nn.Conv2d:
@@ -154,6 +183,9 @@ class PreActResNet(nn.Module):
         small_stem: a 3x3 convolution with stride 1; otherwise 7x7 with stride 2 and 3x3 max pooling with stride 2.
         order: "bn_relu" as published, or "relu_bn".
         dropout: dropout probability before the last convolution of a unit.
+        fused: whether norm, ReLU and the convolutions that read them are one unit (`syncbn.NormActConv`), which keeps
+            half as much for backward and waits less; parameters and their names are the same without it. Not for
+            "relu_bn", the last convolution with dropout, and a ReLU that an addition reads too.
         zero_init: start the last convolution of every unit at 0, so that the network starts as its shortcuts. No
             norm follows it here; with post-activation the last norm's weight starts at 0 instead (Goyal et al. 2017).
     """
@@ -170,6 +202,7 @@ class PreActResNet(nn.Module):
         small_stem: bool = True,
         order: str = "bn_relu",
         dropout: float = 0.0,
+        fused: bool = True,
         zero_init: bool = False,
     ) -> None:
         super().__init__()
@@ -193,6 +226,7 @@ class PreActResNet(nn.Module):
                         share_preactivation=stage == unit == 0,
                         order=order,
                         dropout=dropout,
+                        fused=fused,
                     )
                 )
                 channels = stage_width * block.expansion
@@ -244,6 +278,7 @@ def preact_resnet(
     width: int | None = None,
     order: str = "bn_relu",
     dropout: float = 0.0,
+    fused: bool = True,
     zero_init: bool = False,
 ) -> PreActResNet:
     """Return the network of a published depth.
@@ -252,7 +287,7 @@ def preact_resnet(
         depth: 18, 34, 50, 101, 152 or 200 (four stages), or 20, 56, 110 or 164 (three stages, for small images).
         image_size: pixels per side; up to 64 the stem keeps the resolution (depth 18 is then PreAct-18 for CIFAR).
         width: channels of the first stage, if not the published 64 or 16.
-        order, dropout, zero_init: see `PreActResNet`.
+        order, dropout, fused, zero_init: see `PreActResNet`.
 
     Raises:
         ValueError: the depth is not one of these.
@@ -270,6 +305,7 @@ def preact_resnet(
         small_stem=len(form.units) == 3 or image_size <= SMALL_IMAGE,
         order=order,
         dropout=dropout,
+        fused=fused,
         zero_init=zero_init,
     )
 

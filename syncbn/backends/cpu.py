@@ -75,8 +75,13 @@ def normalize(
     scale, shift = scale_and_shift(channels)
     rows = (pivot, scale, shift + (pivot - channels.mean) * scale)
     channels = channels._replace(coefficients=torch.stack([row.to(x.dtype) for row in rows]))
+    return activate(x, channels, epilogue), count, channels
+
+
+def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
+    """Return the output, from per-channel values."""
     z = _preactivation(_centred(x, channels)[0], channels, epilogue.residual)
-    return ACTIVATIONS[epilogue.activation].apply_(z), count, channels
+    return ACTIVATIONS[epilogue.activation].apply_(z)
 
 
 def backward_reduce(

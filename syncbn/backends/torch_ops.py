@@ -55,8 +55,13 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
     count, _, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
+    return activate(x, channels, epilogue), count, channels
+
+
+def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
+    """Return the output, from per-channel values."""
     y = ACTIVATIONS[epilogue.activation].apply_(_preactivation(x, channels, epilogue.residual))
-    return _like_x(apply_mask_(y, epilogue.mask), x), count, channels
+    return _like_x(apply_mask_(y, epilogue.mask), x)
 
 
 def backward_reduce(

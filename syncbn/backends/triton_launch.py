@@ -111,7 +111,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
     count, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
-    return elemt(x, channels, epilogue), count, channels
+    return activate(x, channels, epilogue), count, channels
 
 
 def gather_stats(
@@ -147,8 +147,8 @@ def gather_stats(
     return count, Channels(mean, invstd, weight, bias, coefficients)
 
 
-def elemt(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
-    """Return the output, like x."""
+def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
+    """Return the output, from per-channel values."""
     y = torch.empty_like(x)
     if x.numel():
         plan = _plan_of(x)
