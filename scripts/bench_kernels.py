@@ -290,7 +290,7 @@ def tune(case: Case, device: str, rounds: int) -> dict[str, dict[str, float]]:
                 label = "/".join(map(str, setting))
                 steps = {
                     f"{label} stats": lambda: triton_launch.pack_stats(x, None),
-                    f"{label} elemt": lambda c=channels: triton_launch.activate(x, c, RELU),
+                    f"{label} elemt": lambda c=channels: triton_launch.elemt(x, c, RELU),
                     f"{label} reduce": lambda o=operands: triton_launch.backward_reduce(*o, BOTH_PARAMETERS),
                     f"{label} backward elemt": lambda o=operands, r=reduced, n=count: triton_launch.backward_elemt(
                         *o, r, count=n

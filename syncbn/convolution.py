@@ -74,13 +74,19 @@ def grad_of_input(
 
 def grads_of_parameters(
     grad_outputs: Sequence[Tensor | None],
-    x: Tensor,
+    x: Tensor | None,
     geometries: Sequence[Geometry],
     parameters: Sequence[Tensor | None],
     dtype: torch.dtype,
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients of weight and bias of each convolution, in their dtypes, None where they are not needed."""
+    """Return the gradients of weight and bias of each convolution, in their dtypes, None where they are not needed.
+
+    Args:
+        x: the input of the convolutions; None if none is needed.
+    """
+    if x is None:
+        return [None] * len(needs_grad)
     x = x.to(dtype)
     grads: list[Tensor | None] = []
     needs = zip(needs_grad[::2], needs_grad[1::2], strict=True)

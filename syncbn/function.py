@@ -74,9 +74,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
 class NormActConvFunction(torch.autograd.Function):
     """Normalize over the batch of all ranks, activate, and convolve: backward's all-reduce runs beside convolutions.
 
-    Kept for backward: what `SyncBatchNormFunction` keeps, and the parameters of the convolutions. The activated tensor,
-    which the gradients of their weights need, is computed again. None of this needs the sum over ranks, so it is
-    computed between the start of the all-reduce and the wait for it.
+    Kept for backward: what `SyncBatchNormFunction` keeps, and the parameters of the convolutions. The activated tensor
+    is computed again with the sums over this rank. The gradients of the weights, which read it, do not need the sums
+    over all ranks: they are computed between the start of that all-reduce and the wait for it.
     """
 
     @staticmethod
@@ -128,14 +128,12 @@ class NormActConvFunction(torch.autograd.Function):
                 )  # fmt: skip
                 return *grads[:4], *[None] * 10, *grads[4:]
             dy = match_layout(grad_of_input(grad_outputs, x, *convolutions), x)
-            reduced = ctx.backend.backward_reduce(dy, x, channels, epilogue, OutputMask(*needs_norm[1:]))
+            output_mask = OutputMask(*needs_norm[1:], any(needs_parameters))
+            reduced = ctx.backend.backward_reduce(dy, x, channels, epilogue, output_mask)
             wait = peers.start_all_reduce_(reduced.sums)
         try:
-            grad_parameters: list[Tensor | None] = [None] * len(needs_parameters)
-            if any(needs_parameters):
-                y = ctx.backend.activate(x, channels, epilogue)
-                grad_parameters = grads_of_parameters(grad_outputs, y, *convolutions, needs_parameters)
-                del y
+            grad_parameters = grads_of_parameters(grad_outputs, reduced.y, *convolutions, needs_parameters)
+            reduced = reduced._replace(y=None)
         finally:
             wait()
         grad_input = None

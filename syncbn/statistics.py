@@ -39,11 +39,12 @@ class Epilogue(NamedTuple):
 
 
 class OutputMask(NamedTuple):
-    """Which gradients backward needs besides that of x."""
+    """What backward needs besides the gradient of x."""
 
     weight: bool
     bias: bool
     dy: bool  # the gradient in front of the activation, which is that of the residual
+    y: bool = False  # the output of forward
 
 
 class Reduced(NamedTuple):
@@ -53,6 +54,7 @@ class Reduced(NamedTuple):
     grad_weight: Tensor | None
     grad_bias: Tensor | None
     dy: Tensor | None  # the gradient in front of the activation, if it is needed or was written anyway
+    y: Tensor | None = None  # the output of forward, up to rounding, if it is needed
 
 
 def pack(count: Tensor, mean: Tensor, M2: Tensor) -> Tensor:
@@ -133,9 +135,14 @@ def unpack_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reduced_of(
-    sum_dy: Tensor, sum_dy_xmu: Tensor, channels: Channels, output_mask: OutputMask, dy: Tensor | None
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    channels: Channels,
+    output_mask: OutputMask,
+    dy: Tensor | None,
+    y: Tensor | None,
 ) -> Reduced:
-    """Return both sums of one rank, (C,) float64, and the gradients of weight and bias derived from them."""
+    """Return the result for both sums of one rank, (C,) float64; the gradients of weight and bias follow from them."""
     grad_weight = grad_bias = None
     if output_mask.weight:
         assert channels.weight is not None
@@ -143,7 +150,7 @@ def reduced_of(
     if output_mask.bias:
         assert channels.bias is not None
         grad_bias = sum_dy.to(channels.bias.dtype, copy=True)
-    return Reduced(pack_sums(sum_dy, sum_dy_xmu), grad_weight, grad_bias, dy)
+    return Reduced(pack_sums(sum_dy, sum_dy_xmu), grad_weight, grad_bias, dy, y)
 
 
 def scale_and_shift(channels: Channels) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""The five ops of a training pass on one rank, and which backend runs them.
+"""The four ops of a training pass on one rank, and which backend runs them.
 
 op               returns                                                              Triton launches
 pack_stats       the vector for the all-reduce: n, sum(x), sum(x^2)                   2, one read of x
 normalize        the output; moves the running statistics                             2, one read of x, one write
-activate         the output once more, from per-channel values                        1, one read of x, one write
 backward_reduce  sum(dy), sum(dy * (x - mean)), gradients of weight and bias          2, one read of x and grad_output
 backward_elemt   the gradient of x                                                    1, the same, one write
 
@@ -27,7 +26,7 @@ CHOICES = ("auto", "torch", "triton")
 
 
 class Backend(Protocol):
-    """A module with these five functions. Masks are bool, (N, 1, *S) or broadcast.
+    """A module with these four functions. Masks are bool, (N, 1, *S) or broadcast.
 
     Masked positions (False) count as absent: they enter no sum, and their output and gradient are 0.
     `Channels.coefficients` have a format of their own in each backend.
@@ -56,13 +55,10 @@ class Backend(Protocol):
             running: moved in place if the count is above 1; None leaves them alone.
         """
 
-    def activate(self, x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
-        """Return the y that `normalize` has returned beside these per-channel values, bit for bit."""
-
     def backward_reduce(
         self, grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue, output_mask: OutputMask
     ) -> Reduced:
-        """Return the sums over this rank, and the gradients that `output_mask` selects.
+        """Return the sums over this rank, and the gradients and y, once more, if `output_mask` selects them.
 
         dy is the gradient in front of the activation, whose input is computed again from x. `grad_output` has the
         strides of x.

@@ -75,27 +75,23 @@ def normalize(
     scale, shift = scale_and_shift(channels)
     rows = (pivot, scale, shift + (pivot - channels.mean) * scale)
     channels = channels._replace(coefficients=torch.stack([row.to(x.dtype) for row in rows]))
-    return activate(x, channels, epilogue), count, channels
-
-
-def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
-    """Return the output, from per-channel values."""
     z = _preactivation(_centred(x, channels)[0], channels, epilogue.residual)
-    return ACTIVATIONS[epilogue.activation].apply_(z)
+    return ACTIVATIONS[epilogue.activation].apply_(z), count, channels
 
 
 def backward_reduce(
     grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue, output_mask: OutputMask
 ) -> Reduced:
-    """Return the sums of this rank, the gradients of weight and bias, and dy."""
+    """Return the sums of this rank, the gradients of weight and bias, dy, and y if it is needed."""
     values, mean = _centred(x, channels)
-    dy = grad_output
-    if epilogue.activation != "identity":
+    dy, y = grad_output, None
+    if epilogue.activation != "identity" or output_mask.y:
         z = _preactivation(values, channels, epilogue.residual)
         dy = ACTIVATIONS[epilogue.activation].backward(grad_output, z)
+        y = ACTIVATIONS[epilogue.activation].apply_(z) if output_mask.y else None
     origin = mean.to(values.dtype)
     sum_dy, sum_dy_xmu = _sums(dy, values, origin)
-    return reduced_of(sum_dy, sum_dy_xmu + sum_dy * (origin - mean), channels, output_mask, dy)
+    return reduced_of(sum_dy, sum_dy_xmu + sum_dy * (origin - mean), channels, output_mask, dy, y)
 
 
 def backward_elemt(

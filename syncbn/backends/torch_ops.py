@@ -55,26 +55,25 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
     count, _, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
-    return activate(x, channels, epilogue), count, channels
-
-
-def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
-    """Return the output, from per-channel values."""
-    y = ACTIVATIONS[epilogue.activation].apply_(_preactivation(x, channels, epilogue.residual))
-    return _like_x(apply_mask_(y, epilogue.mask), x)
+    z = _preactivation(_centred(x, channels), channels, epilogue.residual)
+    return _activated_(z, x, epilogue), count, channels
 
 
 def backward_reduce(
     grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue, output_mask: OutputMask
 ) -> Reduced:
-    """Return the sums of this rank, the gradients of weight and bias, and dy."""
-    dy = _activation_backward(grad_output, x, channels, epilogue)
-    dims = reduced_dims(x)
-    pivot = channels.mean.to(accumulation_dtype(x))
-    centred = apply_mask_(x - per_channel(pivot, x), epilogue.mask)
+    """Return the sums of this rank, the gradients of weight and bias, dy, and y if it is needed."""
+    dims, centred, dy, y = reduced_dims(x), _centred(x, channels), grad_output, None
+    if epilogue.activation != "identity" or output_mask.y:
+        z = _preactivation(centred, channels, epilogue.residual)
+        dy = ACTIVATIONS[epilogue.activation].backward(grad_output.to(z.dtype), z)
+        y = _activated_(z, x, epilogue) if output_mask.y else None
+    dy = apply_mask(dy, epilogue.mask) if dy is grad_output else _like_x(apply_mask_(dy, epilogue.mask), x)
+    pivot = _pivot(x, channels)
     sum_dy = dy.sum(dims, dtype=pivot.dtype).double()
-    sum_dy_xmu = centred.mul_(dy).sum(dims).double() + sum_dy * (pivot - channels.mean)
-    return reduced_of(sum_dy, sum_dy_xmu, channels, output_mask, dy)
+    products = apply_mask_(centred, epilogue.mask).mul_(dy)
+    sum_dy_xmu = products.sum(dims).double() + sum_dy * (pivot - channels.mean)
+    return reduced_of(sum_dy, sum_dy_xmu, channels, output_mask, dy, y)
 
 
 def backward_elemt(
@@ -83,30 +82,33 @@ def backward_elemt(
     """Return the gradient of x in its dtype and layout."""
     assert reduced.dy is not None
     scale, slope, shift = grad_input_coefficients(channels, count, reduced.sums)
-    grad_input = _affine(x, channels.mean, slope, shift).add_(reduced.dy * per_channel(scale, x))
+    shift = shift + (_pivot(x, channels) - channels.mean) * slope
+    grad_input = _centred(x, channels).mul_(per_channel(slope, x)).add_(per_channel(shift, x))
+    grad_input = grad_input.add_(reduced.dy * per_channel(scale, x))
     return _like_x(apply_mask_(grad_input, epilogue.mask), x)
 
 
-def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return `(x - mean) * scale + shift` for (C,) float64 values, in the accumulation dtype, without cancellation."""
-    pivot = mean.to(accumulation_dtype(x))
-    shift = shift + (pivot - mean) * scale
-    return (x - per_channel(pivot, x)).mul_(per_channel(scale, x)).add_(per_channel(shift, x))
+def _pivot(x: Tensor, channels: Channels) -> Tensor:
+    """Return the mean in the accumulation dtype of x, (C,)."""
+    return channels.mean.to(accumulation_dtype(x))
 
 
-def _preactivation(x: Tensor, channels: Channels, residual: Tensor | None) -> Tensor:
-    """Return the input of the activation, in the accumulation dtype."""
-    z = _affine(x, channels.mean, *scale_and_shift(channels))
+def _centred(x: Tensor, channels: Channels) -> Tensor:
+    """Return x minus the pivot, in the accumulation dtype."""
+    return x - per_channel(_pivot(x, channels), x)
+
+
+def _preactivation(centred: Tensor, channels: Channels, residual: Tensor | None) -> Tensor:
+    """Return the input of the activation from x minus the pivot, without cancellation."""
+    scale, shift = scale_and_shift(channels)
+    shift = shift + (_pivot(centred, channels) - channels.mean) * scale
+    z = (centred * per_channel(scale, centred)).add_(per_channel(shift, centred))
     return z if residual is None else z.add_(residual)
 
 
-def _activation_backward(grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
-    """Return dy like x; `grad_output` itself if there is neither an activation nor a mask."""
-    residual, mask, activation = epilogue
-    if activation == "identity":
-        return grad_output if mask is None else apply_mask(grad_output, mask)
-    z = _preactivation(x, channels, residual)
-    return _like_x(apply_mask_(ACTIVATIONS[activation].backward(grad_output.to(z.dtype), z), mask), x)
+def _activated_(z: Tensor, x: Tensor, epilogue: Epilogue) -> Tensor:
+    """Return y like x from the input of the activation, which is overwritten."""
+    return _like_x(apply_mask_(ACTIVATIONS[epilogue.activation].apply_(z), epilogue.mask), x)
 
 
 def _like_x(values: Tensor, x: Tensor) -> Tensor:

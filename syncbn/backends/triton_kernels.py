@@ -222,6 +222,7 @@ def backward_reduce_kernel(
     mask_ptr,
     coefficients_ptr,
     dy_ptr,  # the gradient in front of the activation, where the residual needs it; or None
+    y_ptr,  # the output of forward, where a convolution needs it; or None
     partials_ptr,  # (splits, 2C): sum_dy, sum(dy * (x - pivot))
     N,
     C_units,
@@ -236,7 +237,7 @@ def backward_reduce_kernel(
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write both sums over this program's tiles."""
+    """Write both sums over this program's tiles, and dy and y where they are needed."""
     C, S = C_units * ALIGN_C, S_units * ALIGN_S
     c, inside = _channels(C, INT64, BLOCK_C)
     pivot = tl.load(coefficients_ptr + c, mask=inside, other=0)[:, None]
@@ -252,16 +253,23 @@ def backward_reduce_kernel(
         readable = inside[:, None] & valid[None, :]
         x = tl.load(x_ptr + offsets, mask=readable, other=0).to(tl.float32)
         dy = tl.load(grad_output_ptr + offsets, mask=readable, other=0).to(tl.float32)
-        if ACTIVATION != "identity":
+        writable = inside[:, None] & (s < S)[None, :]
+        if ACTIVATION != "identity" or y_ptr is not None:
             z = (x - pivot) * scale + shift
             if residual_ptr is not None:
                 z += tl.load(residual_ptr + offsets, mask=readable, other=0).to(tl.float32)
-            dy = _activate_backward(dy, z, ACTIVATION)
+            if y_ptr is not None:
+                y = _activate(z, ACTIVATION)
+                if mask_ptr is not None:
+                    y = tl.where(valid[None, :], y, 0.0)
+                tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=writable)
+            if ACTIVATION != "identity":
+                dy = _activate_backward(dy, z, ACTIVATION)
         if mask_ptr is not None:
             dy = tl.where(valid[None, :], dy, 0.0)
         if dy_ptr is not None:
             rounded = dy.to(dy_ptr.dtype.element_ty)
-            tl.store(dy_ptr + offsets, rounded, mask=inside[:, None] & (s < S)[None, :])
+            tl.store(dy_ptr + offsets, rounded, mask=writable)
             dy = rounded.to(tl.float32)
         sum_dy += dy
         sum_dy_xmu += dy * (x - pivot)

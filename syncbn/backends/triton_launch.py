@@ -111,7 +111,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
     count, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
-    return activate(x, channels, epilogue), count, channels
+    return elemt(x, channels, epilogue), count, channels
 
 
 def gather_stats(
@@ -147,8 +147,8 @@ def gather_stats(
     return count, Channels(mean, invstd, weight, bias, coefficients)
 
 
-def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
-    """Return the output, from per-channel values."""
+def elemt(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
+    """Return the output, like x."""
     y = torch.empty_like(x)
     if x.numel():
         plan = _plan_of(x)
@@ -165,10 +165,11 @@ def activate(x: Tensor, channels: Channels, epilogue: Epilogue) -> Tensor:
 def backward_reduce(
     grad_output: Tensor, x: Tensor, channels: Channels, epilogue: Epilogue, output_mask: OutputMask
 ) -> Reduced:
-    """Return the sums of this rank and the selected gradients; dy only if it is selected."""
+    """Return the sums of this rank and what is selected; dy only if it is selected."""
     C = x.shape[1]
     is_copy = epilogue.activation == "identity" and epilogue.mask is None  # dy is grad_output
     dy = torch.empty_like(x) if output_mask.dy and not is_copy else None
+    y = torch.empty_like(x) if output_mask.y else None
     make = torch.empty if x.numel() else torch.zeros
     sums = make(2 * C + 1, dtype=torch.float64, device=x.device)
     grad_weight, grad_bias = (
@@ -183,7 +184,7 @@ def backward_reduce(
             triton_kernels.backward_reduce_kernel,
             plan.reduce_grid,
             _like(grad_output, x), x, _like(epilogue.residual, x), _flat_mask(epilogue.mask, x), coefficients, dy,
-            partials, *plan.sizes, plan.reduce_tiles,
+            y, partials, *plan.sizes, plan.reduce_tiles,
             ACTIVATION=epilogue.activation, **plan.constexprs,
         )  # fmt: skip
         launch(
@@ -192,7 +193,7 @@ def backward_reduce(
             partials, coefficients, sums, grad_weight, grad_bias, C, splits,
             **plan.merge_constexprs,
         )  # fmt: skip
-    return Reduced(sums, grad_weight, grad_bias, grad_output if output_mask.dy and is_copy else dy)
+    return Reduced(sums, grad_weight, grad_bias, grad_output if output_mask.dy and is_copy else dy, y)
 
 
 def backward_elemt(
