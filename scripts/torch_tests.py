@@ -38,10 +38,6 @@ except ModuleNotFoundError as error:
     sys.exit(f"expected what torch's tests import, got {error}: pip install expecttest")
 
 DIFFERENCES = {  # test: a part of the message of its failure, the reason
-    "test_ddp_sync_bn_training_vs_eval": (
-        "AssertionError not raised",
-        "looks for all_gather among the profiled events; ours all-reduces",
-    ),
     "test_sync_bn_logged": ("0 is not true", "DDP's telemetry has_sync_bn looks for torch's class"),
 }
 for _dims in (1, 2, 3):

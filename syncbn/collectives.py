@@ -19,14 +19,49 @@ from syncbn.groups import Group, default_device, group_size
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
+MAX_GATHERED_RANKS = 8
+
 _ANNOUNCED = "_syncbn_announced"  # attribute of an error that the other ranks know of
 
 
 def all_reduce_(values: Tensor, process_group: Group) -> Tensor:
     """Sum `values` over the ranks of the group, in place, and return it."""
-    if not isinstance(process_group, str) and group_size(process_group) > 1:
-        dist.all_reduce(values, group=process_group)
+    if group_size(process_group) > 1:
+        _start_all_reduce_(values, process_group, async_op=False)()
     return values
+
+
+def _start_all_reduce_(values: Tensor, process_group: Any, *, async_op: bool) -> Callable[[], object]:
+    """Start to sum `values` over the ranks of a group of several; return the function that waits and completes them."""
+    if not _is_gathered(values, process_group):
+        work = dist.all_reduce(values, group=process_group, async_op=async_op)
+        return _nothing if work is None else work.wait
+    parts = list(values.new_empty(group_size(process_group), *values.shape).unbind())
+    work = dist.all_gather(parts, values, group=process_group, async_op=async_op)
+
+    def complete() -> None:
+        if work is not None:
+            work.wait()
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        values.copy_(total)
+
+    return complete
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_gathered(values: Tensor, process_group: Any) -> bool:
+    """Return whether to gather the vectors of all ranks and add them up here, in the order of the ranks.
+
+    gloo's all-reduce of a small vector takes two messages one after the other, its all-gather one.
+    """
+    if not values.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return group_size(process_group) <= MAX_GATHERED_RANKS and "cpu:gloo" in dist.get_backend_config(process_group)
 
 
 class release_peers:
@@ -134,12 +169,12 @@ class release_peers:
         called; it raises ValueError if another rank has raised, and the values are on CPU.
         """
         self.are_waiting = False
-        if self.ranks == 1 or isinstance(self.process_group, str):
-            return lambda: None
-        work: Any = dist.all_reduce(values, group=self.process_group, async_op=True)
+        if self.ranks == 1:
+            return _nothing
+        complete = _start_all_reduce_(values, self.process_group, async_op=True)
 
         def wait() -> None:
-            work.wait()
+            complete()
             self.check_for_refusal(values)
 
         return wait

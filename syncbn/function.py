@@ -128,8 +128,8 @@ class NormActConvFunction(torch.autograd.Function):
                 )  # fmt: skip
                 return *grads[:4], *[None] * 10, *grads[4:]
             dy = match_layout(grad_of_input(grad_outputs, x, *convolutions), x)
-            output_mask = OutputMask(*needs_norm[1:], any(needs_parameters))
-            reduced = ctx.backend.backward_reduce(dy, x, channels, epilogue, output_mask)
+            selected = OutputMask(weight=needs_norm[1], bias=needs_norm[2], dy=needs_norm[3], y=any(needs_parameters))
+            reduced = ctx.backend.backward_reduce(dy, x, channels, epilogue, selected)
             wait = peers.start_all_reduce_(reduced.sums)
         try:
             grad_parameters = grads_of_parameters(grad_outputs, reduced.y, *convolutions, needs_parameters)

@@ -202,7 +202,7 @@ def test_a_lazy_layer_takes_its_size_from_the_first_input():
     torch.testing.assert_close(lazy.state_dict(), twin.state_dict())
     assert repr(lazy) == repr(twin)
     with pytest.raises(ValueError, match="expected activation to be one of"):
-        syncbn.LazySyncBatchNorm(activation="gelu")
+        syncbn.LazySyncBatchNorm(activation="selu")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_layer_whose_input_is_a_buffer_is_traced():
 
 
 @pytest.mark.parametrize("value", [nn.ReLU(), "silu", None, nn.Parameter(torch.ones(())), torch.ones(())])
-@pytest.mark.parametrize("name", ["activation", "temperature", "process_group", "_group", "_running"])
+@pytest.mark.parametrize("name", ["activation", "temperature", "process_group", "_group"])
 def test_a_subclass_with_an_attribute_of_ours_is_refused(name, value):
     class Own(nn.BatchNorm2d):
         def __init__(self):

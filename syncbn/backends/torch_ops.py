@@ -55,7 +55,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Channels]:
     """Return the output, the count of the group and the per-channel values; move the running statistics."""
     count, _, channels = gather_stats(packed, weight, bias, eps=eps, ranks=ranks, running=running)
-    z = _preactivation(_centred(x, channels), channels, epilogue.residual)
+    z = _preactivation(_centred(x, channels), channels, epilogue.residual, overwrite=True)
     return _activated_(z, x, epilogue), count, channels
 
 
@@ -65,7 +65,7 @@ def backward_reduce(
     """Return the sums of this rank, the gradients of weight and bias, dy, and y if it is needed."""
     dims, centred, dy, y = reduced_dims(x), _centred(x, channels), grad_output, None
     if epilogue.activation != "identity" or output_mask.y:
-        z = _preactivation(centred, channels, epilogue.residual)
+        z = _preactivation(centred, channels, epilogue.residual, overwrite=False)
         dy = ACTIVATIONS[epilogue.activation].backward(grad_output.to(z.dtype), z)
         y = _activated_(z, x, epilogue) if output_mask.y else None
     dy = apply_mask(dy, epilogue.mask) if dy is grad_output else _like_x(apply_mask_(dy, epilogue.mask), x)
@@ -98,11 +98,12 @@ def _centred(x: Tensor, channels: Channels) -> Tensor:
     return x - per_channel(_pivot(x, channels), x)
 
 
-def _preactivation(centred: Tensor, channels: Channels, residual: Tensor | None) -> Tensor:
+def _preactivation(centred: Tensor, channels: Channels, residual: Tensor | None, *, overwrite: bool) -> Tensor:
     """Return the input of the activation from x minus the pivot, without cancellation."""
     scale, shift = scale_and_shift(channels)
     shift = shift + (_pivot(centred, channels) - channels.mean) * scale
-    z = (centred * per_channel(scale, centred)).add_(per_channel(shift, centred))
+    factor = per_channel(scale, centred)
+    z = (centred.mul_(factor) if overwrite else centred * factor).add_(per_channel(shift, centred))
     return z if residual is None else z.add_(residual)
 
 
