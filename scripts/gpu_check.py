@@ -9,11 +9,12 @@ output directory receives log.txt, summary.md, results.json and kernels_gpu.csv,
 The exit status is 0 if no part of this call failed.
 It needs torch and Triton, but not Hydra, pytest or an installed syncbn.
 
-Last answer: not yet run on a GPU.
+Last answer (NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, 664a4f9): every part passes; benchmarks/gpu/summary.md.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -109,7 +110,7 @@ def determinism(device: str) -> str:
 
 
 def layers(device: str) -> str:
-    """The layer on one rank, in float32 on Triton, equals the layer in float64 in plain PyTorch."""
+    """Layers and units on one rank, in float32 on Triton, equal those in float64 in plain PyTorch."""
     with backend("triton"):
         assert backends.select(torch.empty(2, 3, device=device)) is triton_launch
         actual = contract.train_layers(0, (5,), torch.float32, device)
@@ -125,10 +126,12 @@ def no_host_sync(device: str) -> str:
     x = torch.randn(8, 64, 14, 14, device=device, requires_grad=True)
     residual, grad_output = torch.randn(2, *x.shape, device=device)
     mask = torch.ones(8, 1, 14, 14, dtype=torch.bool, device=device)
+    unit = unit_of(64).to(device)
 
     def step() -> None:
         layer(x).backward(grad_output)
         layer(x, residual, mask).backward(grad_output)
+        unit(x).backward(grad_output)
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -145,7 +148,10 @@ def cuda_graph(device: str) -> str:
     only_on_cuda(device)
     for momentum in (0.1, None):
         check_capture(lambda m=momentum: syncbn.SyncBatchNorm(16, activation="relu", momentum=m), device)
-    return "outputs, gradients and running statistics of replays equal eager ones, momentum 0.1 and None"
+    check_capture(lambda: unit_of(16), device)
+    return (
+        "layer and unit: outputs, gradients and running statistics of replays equal eager ones, momentum 0.1 and None"
+    )
 
 
 def gloo_ranks(device: str) -> str:
@@ -234,9 +240,15 @@ def sanitizer(device: str) -> str:
 
 def few_cases(device: str) -> str:
     """Run the cases that `sanitizer` checks."""
-    for case in (contract.CASES[1], contract.CASES[3], contract.CASES[9], Case((5, 130, 33, 31))):
+    cases = [
+        Case(mask=True, needs_y=True),
+        Case(channels_last=True, mask=True, activation="silu"),
+        Case(dtype=torch.bfloat16, split=(3, 0, 4)),
+        Case((5, 130, 33, 31)),
+    ]
+    for case in cases:
         contract.check_training_step(triton_launch, case, device)
-    return "4 cases"
+    return f"{len(cases)} cases"
 
 
 def benchmark(device: str) -> str:
@@ -255,6 +267,12 @@ PARTS: dict[str, Callable[[str], str]] = {
     "sanitizer": sanitizer, "benchmark": benchmark,
 }  # fmt: skip
 OUTPUT = ROOT / "benchmarks" / "gpu"
+
+
+def unit_of(num_features: int) -> syncbn.NormActConv:
+    """Return norm, ReLU and a 3x3 convolution as one unit, with output like its input."""
+    norm = syncbn.SyncBatchNorm(num_features, activation="relu")
+    return syncbn.NormActConv(norm, nn.Conv2d(num_features, num_features, 3, padding=1))
 
 
 def only_on_cuda(device: str) -> None:
@@ -290,7 +308,8 @@ def all_reducing_alone() -> Iterator[None]:
 
 def check_capture(make_layer: Callable[[], nn.Module], device: str) -> None:
     """Capture a training step, replay it on three batches, and compare with the same steps taken eagerly."""
-    layer, twin = make_layer().to(device), make_layer().to(device)
+    layer = make_layer().to(device)
+    twin = copy.deepcopy(layer)
     x = torch.randn(8, 16, 9, 7, device=device, requires_grad=True)
     grad_output = torch.randn(x.shape, device=device)
 
@@ -328,6 +347,7 @@ def spawn(rank_main: Callable[..., None], sizes: tuple[int, ...], device: str) -
 
 def _rank(rank: int, rank_main: Callable[..., None], store: str, sizes: tuple[int, ...], device: str) -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes), timeout=timedelta(seconds=60)
     )
@@ -364,6 +384,8 @@ def run_part(name: str, device: str) -> dict[str, Any]:
     started = time.monotonic()
     try:
         torch.manual_seed(0)
+        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are compared with float64 ones
+        torch.backends.cudnn.deterministic = True
         status, text = "pass", (PARTS | {"few_cases": few_cases})[name](device)
     except Skipped as reason:
         status, text = "skip", str(reason)

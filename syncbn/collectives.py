@@ -59,7 +59,7 @@ def _is_gathered(values: Tensor, process_group: Any) -> bool:
 
     gloo's all-reduce of a small vector takes two messages one after the other, its all-gather one.
     """
-    if not values.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not values.is_cpu:
         return False
     return group_size(process_group) <= MAX_GATHERED_RANKS and "cpu:gloo" in dist.get_backend_config(process_group)
 

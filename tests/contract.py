@@ -5,6 +5,7 @@ the results with the oracle on the whole batch.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     activation: str = "relu"
     residual: bool = True
     needs_dy: bool = True
+    needs_y: bool = False  # whether backward computes the output again
     mask: bool = False
     mean: float = 5.0  # mean of x; its standard deviation is 1
     affine: bool = True
@@ -55,18 +57,21 @@ class Case(NamedTuple):
 
 CASES = [
     Case(),
+    Case(needs_y=True),
     Case(mask=True),
-    Case(channels_last=True),
+    Case(mask=True, needs_dy=False, needs_y=True),
+    Case(channels_last=True, needs_y=True),
     Case(channels_last=True, mask=True, activation="silu"),
+    Case(activation="identity", residual=False, needs_dy=False, needs_y=True),
     Case(activation="identity", residual=False),
     Case(activation="identity", mask=True, needs_dy=False),
     Case(activation="leaky_relu", residual=False, affine=False),
     Case(activation="silu", residual=False, needs_dy=False, momentum=None),
     Case(activation="leaky_relu", needs_dy=False, channels_last=True),
-    Case(dtype=torch.bfloat16, split=(3, 0, 4)),
+    Case(dtype=torch.bfloat16, split=(3, 0, 4), needs_y=True),
     Case(dtype=torch.bfloat16, channels_last=True, residual=False, momentum=None, split=(1, 6)),
     Case(dtype=torch.float16, activation="silu", split=(2, 5), mask=True),
-    Case(dtype=torch.float16, channels_last=True, activation="identity", needs_dy=True),
+    Case(dtype=torch.float16, channels_last=True, activation="identity", needs_dy=True, needs_y=True),
     Case(mean=0.5),
     Case(mean=-0.5, activation="silu", residual=False, needs_dy=False, split=(5, 2)),
     Case((13, 3), residual=False),
@@ -77,10 +82,10 @@ CASES = [
     Case((4, 6, 1, 1), activation="leaky_relu"),
     Case((2, 3, 2, 3, 2), channels_last=True, split=(1, 1)),
     Case((2, 9, 3, 3, 3), mask=True, residual=False),
-    Case((2, 3, 64, 40), split=(1, 1)),
+    Case((2, 3, 64, 40), split=(1, 1), needs_y=True),
     Case((2, 3, 64, 40), mean=0.5, residual=False, needs_dy=False),
     Case((5, 6, 13, 31), channels_last=True, needs_dy=False),
-    *(Case((4, 3, 9, 8), activation=name, scale=4.0) for name in ("relu6", "gelu", "hardswish")),
+    *(Case((4, 3, 9, 8), activation=name, scale=4.0, needs_y=True) for name in ("relu6", "gelu", "hardswish")),
 ]
 
 
@@ -171,7 +176,7 @@ def run(backend: Backend, case: Case, batch: Batch) -> Results:
             x, packed, batch.weight, batch.bias, epilogue, eps=EPS, ranks=len(xs), running=own
         )
         ys.append(y)
-    output_mask = OutputMask(case.affine, case.affine, case.needs_dy)
+    output_mask = OutputMask(case.affine, case.affine, case.needs_dy, case.needs_y)
     grads = [match_layout(batch.grad_output[part], x) for part, x in zip(parts, xs, strict=True)]
     operands = [(grad, x, channels, epilogue) for grad, x, epilogue in zip(grads, xs, epilogues, strict=True)]
     reduced = [backend.backward_reduce(*operand, output_mask) for operand in operands]
@@ -219,14 +224,19 @@ def compare(case: Case, batch: Batch, results: Results, expected: dict[str, Any]
 
     found = {"y": results.ys, "grad_input": results.grad_inputs}
     found |= {"dy": [part.dy for part in results.reduced]} if case.needs_dy else {}
+    found |= {"y again": [part.y for part in results.reduced]} if case.needs_y else {}
     for name, tensors in found.items():
         actual = np.concatenate([rows(tensor) for tensor in tensors])
         tolerance, compared = accumulated, np.ones_like(smooth)
-        if name != "y":
+        if name not in ("y", "y again"):
             tolerance += (2 * rounding + 12 * slack / len(valid)) * max(np.abs(expected["scale"]).max(), 1)
             compared = smooth
         np.testing.assert_allclose(
-            actual[valid][compared], expected[name][compared], rtol=unit, atol=tolerance, err_msg=name
+            actual[valid][compared],
+            expected[name.removesuffix(" again")][compared],
+            rtol=unit,
+            atol=tolerance,
+            err_msg=name,
         )
         assert (actual[~valid] == 0).all(), name
         for tensor, x in zip(tensors, results.xs, strict=True):
@@ -275,12 +285,22 @@ def check_variance(backend: Backend, mean: float, std: float, shape: tuple[int, 
     return float(max(errors))
 
 
-LAYERS = {  # arguments, whether with a residual, whether with a mask
-    "plain": ({}, False, False),
-    "relu": ({"activation": "relu"}, True, False),
-    "masked": ({"activation": "silu", "momentum": None, "temperature": 1.5}, True, True),
-    "no weight": ({"activation": "leaky_relu", "affine": False}, False, True),
-    "no bias": ({"bias": False}, True, False),
+def _layer(**arguments: Any) -> syncbn.SyncBatchNorm:
+    return syncbn.SyncBatchNorm(5, **arguments)
+
+
+def _unit(**arguments: Any) -> syncbn.NormActConv:
+    return syncbn.NormActConv(_layer(**arguments), torch.nn.Conv2d(5, 5, 3, padding=1))
+
+
+LAYERS = {  # module, whether with a residual, whether with a mask
+    "plain": (_layer, False, False),
+    "relu": (partial(_layer, activation="relu"), True, False),
+    "masked": (partial(_layer, activation="silu", momentum=None, temperature=1.5), True, True),
+    "no weight": (partial(_layer, activation="leaky_relu", affine=False), False, True),
+    "no bias": (partial(_layer, bias=False), True, False),
+    "unit": (partial(_unit, activation="relu"), False, False),
+    "masked unit": (partial(_unit, activation="gelu"), True, True),
 }
 
 
@@ -290,9 +310,9 @@ def train_layers(
     """Return results of two steps of each layer; the second step has an expanded gradient and another layout."""
     found = {}
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    for name, (arguments, with_residual, with_mask) in LAYERS.items():
+    for name, (make, with_residual, with_mask) in LAYERS.items():
         torch.manual_seed(0)
-        layer = syncbn.SyncBatchNorm(5, **arguments).to(device, dtype)
+        layer = make().to(device, dtype)
         x, residual = torch.randn(2, sum(sizes), 5, 4, 3).to(device, dtype)
         mask = (torch.rand(sum(sizes), 1, 4, 3) < 0.7).to(device)
         grad_output = torch.randn(x.shape).to(device, dtype)[part]
