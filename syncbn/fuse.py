@@ -17,7 +17,7 @@ from syncbn.activations import name_of
 from syncbn.convolution import CLASSES, geometry_of
 from syncbn.norm_act_conv import activation_of, call_fused
 
-META = "syncbn.fuse"  # key of the report in `GraphModule.meta`
+REPORT = "_fusion_report"  # attribute of the result, which a pickle keeps, and key of `meta`, which a deep copy keeps
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
@@ -85,7 +85,8 @@ def fuse(model: nn.Module) -> fx.GraphModule:
     graph.lint()
     fused = fx.GraphModule(model, graph, type(model).__name__)
     fused.train(model.training)
-    fused.meta[META] = report
+    fused.meta[REPORT] = report
+    setattr(fused, REPORT, report)
     return fused
 
 
@@ -95,7 +96,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     Raises:
         ValueError: the model is not a result of `fuse`.
     """
-    report = getattr(model, "meta", {}).get(META)
+    report = getattr(model, REPORT, None) or getattr(model, "meta", {}).get(REPORT)
     if not isinstance(report, FusionReport):
         raise ValueError(f"expected a model that syncbn.fuse returned, got {type(model).__name__}")
     return report
