@@ -44,6 +44,14 @@ def test_norm_is_an_axis_of_its_own(name):
     assert run.compose([f"norm={name}"]).model == run.compose([]).model
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_networks_are_made_of_units_unless_that_is_switched_off_and_checkpoints_say_which(fused, tmp_path):
+    overrides = ["model=preact_resnet20", "model.width=4", "trainer=cpu", f"run_dir={tmp_path}"]
+    _, model, _ = run.build(run.compose(overrides if fused else [*overrides, "model.fused=false"]))
+    assert {unit.fused for stage in model.network.stages for unit in stage} == {fused}
+    assert model.config["model"]["fused"] == fused  # every checkpoint has the configuration
+
+
 def test_the_experiment_of_the_defaults_is_the_default():
     assert run.compose(["experiment=digits", "run_name=x"]) == run.compose(["run_name=x"])
 

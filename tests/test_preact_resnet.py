@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torchvision import models
 
+from syncbn import SyncBatchNorm
+from syncbn.function import NormActConvFunction
 from train.mlp import MLP
 from train.norms import batch_norm, group_norm
 from train.preact_resnet import FORMS, PreActBlock, PreActBottleneck, PreActResNet, preact_resnet
@@ -184,3 +186,30 @@ def test_a_fully_connected_network_takes_every_norm_and_an_empty_batch(norm_laye
     assert network(torch.randn(4, 1, 8, 8)).shape == (4, 3)
     assert network(torch.empty(0, 1, 8, 8)).shape == (0, 3)
     assert {layer.bias is not None for layer in network.layers} == {norm_layer is nn.Identity}
+
+
+@pytest.mark.parametrize(
+    "depth, options, units",
+    [
+        (20, {}, 17),  # of 19 norms: the first is read by an addition too, the last by the mean over pixels
+        (50, {}, 48),
+        (20, {"dropout": 0.5}, 8),
+        (50, {"dropout": 0.5}, 32),
+        (50, {"order": "relu_bn"}, 0),
+    ],
+)
+def test_units_compute_what_their_modules_do(depth, options, units, monkeypatch):
+    calls = []
+    apply = NormActConvFunction.apply
+    monkeypatch.setattr(NormActConvFunction, "apply", lambda *args: calls.append(1) or apply(*args))
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        network = preact_resnet(depth, SyncBatchNorm, num_classes=3, width=4, fused=fused, **options).double()
+        torch.manual_seed(1)  # the same dropout masks
+        logits = network(images)
+        grads = torch.autograd.grad(logits.square().sum(), list(network.parameters()))
+        found.append({"logits": logits.detach(), **network.state_dict(), **dict(enumerate(grads))})
+        assert len(calls) == units
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
