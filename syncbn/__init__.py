@@ -23,15 +23,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm",
+    "Convolution",
     "DesyncError",
     "LazySyncBatchNorm",
+    "NormActConv",
     "SyncBatchNorm",
     "assert_replicas_equal",
+    "call_fused",
     "convert_sync_batchnorm",
     "detect_desync",
+    "fuse",
+    "fusion_report",
     "merge_running_stats",
     "new_sync_groups",
     "recalibrate",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "sync_norm_act_conv",
 ]
