@@ -26,17 +26,71 @@ class Geometry(NamedTuple):
 def geometry_of(convolution: nn.Module) -> Geometry | None:
     """Return the geometry, or None if the padding is not with equally many zeros on both sides."""
     assert isinstance(convolution, CLASSES)
-    padding, dilation = convolution.padding, convolution.dilation
     if convolution.padding_mode != "zeros":
         return None
-    if padding == "valid":
-        padding = (0,) * len(dilation)
-    if isinstance(padding, str):  # "same"
-        totals = [step * (size - 1) for step, size in zip(dilation, convolution.kernel_size, strict=True)]
+    sizes = convolution.stride, convolution.padding, convolution.dilation
+    return resolve(convolution.weight.shape[2:], *sizes, convolution.groups)
+
+
+def resolve(
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Geometry | None:
+    """Return the geometry of these arguments, or None for the padding "same" with more zeros on one side."""
+    dims = len(kernel_size)
+    stride, dilation = _of_each_dim(stride, dims), _of_each_dim(dilation, dims)
+    if padding == "same":
+        totals = [step * (size - 1) for step, size in zip(dilation, kernel_size, strict=True)]
         if any(total % 2 for total in totals):
             return None
-        padding = tuple(total // 2 for total in totals)
-    return Geometry(convolution.stride, padding, dilation, convolution.groups)
+        padding = [total // 2 for total in totals]
+    elif padding == "valid":
+        padding = 0
+    if isinstance(padding, str):
+        raise ValueError(f"expected padding of numbers, 'same' or 'valid', got {padding!r}")
+    return Geometry(stride, _of_each_dim(padding, dims), dilation, groups)
+
+
+def _of_each_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def dtype_of(x: Tensor) -> tuple[torch.dtype, bool]:
+    """Return the dtype in which convolutions of x compute, and whether autocast converts their operands to it."""
+    device = x.device.type
+    is_casting = device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return (torch.get_autocast_dtype(device), True) if is_casting else (x.dtype, False)
+
+
+def check_operands(x: Tensor, geometries: Sequence[Geometry], parameters: Sequence[Tensor | None]) -> None:
+    """Raise ValueError if one of the convolutions cannot be applied to a tensor like x."""
+    dtype, is_casting = dtype_of(x)
+    for geometry, weight, bias in _each(geometries, parameters):
+        kernel, of_weight = tuple(weight.shape[2:]), f"a convolution with weight {tuple(weight.shape)}"
+        if any(len(sizes) != len(kernel) for sizes in geometry[:3]):
+            raise ValueError(f"expected {len(kernel)} numbers of stride, padding and dilation, got {geometry[:3]}")
+        if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * geometry.groups:
+            expected = f"(N, {weight.shape[1] * geometry.groups}{', size' * len(kernel)})"
+            raise ValueError(f"expected input of shape {expected} for {of_weight}, got {tuple(x.shape)}")
+        for operand in (weight, bias):
+            if operand is None:
+                continue
+            own = dtype if is_casting and operand.dtype != torch.float64 else operand.dtype
+            if own != dtype or operand.device != x.device:
+                raise ValueError(
+                    f"expected parameters in {dtype} on {x.device}, like the input of {of_weight}, got "
+                    f"{operand.dtype} on {operand.device}: move or convert the convolution"
+                )
+        for size, extent, padding, step in zip(x.shape[2:], kernel, geometry.padding, geometry.dilation, strict=True):
+            if size + 2 * padding < step * (extent - 1) + 1:
+                raise ValueError(
+                    f"expected input at least as large as the kernel of {of_weight}, padding {geometry.padding} and "
+                    f"dilation {geometry.dilation}, got {tuple(x.shape)}"
+                )
 
 
 def convolve(

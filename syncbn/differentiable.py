@@ -118,11 +118,12 @@ def backward(
             residual = nn.Parameter(torch.zeros_like(x))
         if needs_grad[2] and bias is not None and not bias.requires_grad:
             bias = nn.Parameter(bias)
-        # Views, so that differentiation stops there even if one input was computed from another.
-        x = x.view_as(x)
+        # Views, so that differentiation stops there even if one input was computed from another; view_as changes the
+        # stride of a dimension of size 1, which float64 convolutions take for another layout.
+        x = x.expand_as(x)
         geometries, own_parameters, dtype = convolutions or ((), (), x.dtype)
         weight, bias, residual, *parameters = (
-            t if t is None else t.view_as(t) for t in (weight, bias, residual, *own_parameters)
+            t if t is None else t.expand_as(t) for t in (weight, bias, residual, *own_parameters)
         )
         # always with x: every rank has to take part in the second all-reduce
         needed = [True, *needs_grad[1:], *needs_parameters]

@@ -156,7 +156,8 @@ def normalize_batch(
     Raises:
         ValueError: as `sync_batch_norm`.
     """
-    group = layer._group() if layer.training and isinstance(layer, BatchNorm) else LOCAL
+    is_ours = isinstance(layer, BatchNorm)
+    group = layer._group() if layer.training and is_ours else LOCAL
     with release_peers(group, layer.num_features, layer=layer) as peers:
         weight, bias = layer.weight, layer.bias  # looked up once: attribute access of a module is slow
         if isinstance(weight, Proxy):
@@ -164,10 +165,12 @@ def normalize_batch(
         peers.announce(input, weight, bias)
         layer._check_input_dim(input)
         mean, var = layer.running_mean, layer.running_var
+        if not is_ours and mean is not None:  # torch's layer, which saves them for backward, does not count the move
+            mean, var = mean.data, var.data
         running = running_of(mean, var, layer.num_batches_tracked, layer.momentum)
         running = running if layer.training and layer.track_running_stats else None
         options = {"num_features": layer.num_features, "eps": layer.eps, "running": running, "apply": apply}
-        temperature = getattr(layer, "temperature", 1.0)
+        temperature = layer.temperature if is_ours else 1.0
         return normalize_over_group(peers, input, weight, bias, epilogue, temperature=temperature, **options)
 
 

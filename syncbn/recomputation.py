@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 # autograd Functions around which a hook may run a forward pass, and which run none themselves
-_NOT_CHECKPOINTS = ("BackwardHookFunctionBackward", "CompiledFunctionBackward", "SyncBatchNormFunctionBackward")
+_NOT_CHECKPOINTS = (
+    "BackwardHookFunctionBackward",
+    "CompiledFunctionBackward",
+    "SyncBatchNormFunctionBackward",
+    "NormActConvFunctionBackward",
+)
 
 
 def is_recomputing() -> bool:

@@ -461,6 +461,11 @@ def test_the_hook_attributes_of_torch_have_the_names_that_the_unit_looks_at():
     found = {name for name, value in vars(module).items() if isinstance(value, dict) and print in value.values()}
     assert found == set(names)
     assert all(isinstance(getattr(nn.modules.module, name), dict) for name in norm_act_conv._GLOBAL_HOOKS)
+    for name, register in zip(norm_act_conv._TENSOR_HOOKS, ("hook", "post_accumulate_grad_hook"), strict=True):
+        weight = nn.Parameter(torch.ones(1))
+        assert not getattr(weight, name)
+        getattr(weight, f"register_{register}")(print)
+        assert print in getattr(weight, name).values()
 
 
 # --- errors
@@ -489,16 +494,149 @@ def test_an_activation_is_known_and_given_once():
 
 
 @pytest.mark.parametrize("shape", [(2, CHANNELS + 1, 5, 5), (2, CHANNELS), (1, CHANNELS, 1, 1), (2, CHANNELS, 2, 2)])
-def test_bad_input_raises_what_the_modules_raise(shape):
+def test_bad_input_raises_a_value_error_where_the_modules_raise(shape):
     unit = unit_like(in_turn(CASES["one"], torch.float32))
     x = torch.randn(shape)
-    with pytest.raises((ValueError, RuntimeError)) as found:
+    with pytest.raises(ValueError, match="expected"):
         unit(x)
-    with pytest.raises(found.type):
+    with pytest.raises((ValueError, RuntimeError)):
         plain_copy(unit)(x)
 
 
+BAD = {  # arguments of sync_norm_act_conv or of its convolution
+    "no convolution": ({"convolutions": []}, "expected at least one convolution, got none"),
+    "channels": ({"weight": torch.ones(2, 3, 1, 1)}, r"expected input of shape \(N, 3, size, size\) for a convolution"),
+    "dims": ({"weight": torch.ones(2, 4, 1)}, r"expected input of shape \(N, 4, size\) for a convolution"),
+    "kernel": ({"weight": torch.ones(2, 4, 9, 1)}, "expected input at least as large as the kernel"),
+    "dtype": ({"weight": torch.ones(2, 4, 1, 1).double()}, "expected parameters in torch.float32 on cpu"),
+    "bias": ({"bias": torch.ones(2).double()}, "expected parameters in torch.float32 on cpu"),
+    "device": ({"weight": torch.ones(2, 4, 1, 1, device="meta")}, "got torch.float32 on meta"),
+    "padding": ({"padding": "full"}, "expected padding of numbers, 'same' or 'valid', got 'full'"),
+    "same": ({"padding": "same", "weight": torch.ones(2, 4, 2, 2)}, "expected equally many zeros on both sides"),
+    "stride": ({"stride": (1, 2, 3)}, "expected 2 numbers of stride, padding and dilation"),
+}
+
+
+def call_functional(options: dict, x: object, *, training: bool = True) -> None:
+    options = dict(options)
+    convolutions = options.pop("convolutions", None)
+    if convolutions is None:
+        convolutions = [syncbn.Convolution(**{"weight": torch.ones(2, 4, 1, 1)} | options)]
+    syncbn.sync_norm_act_conv(x, torch.zeros(4), torch.ones(4), None, None, convolutions, training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", BAD)
+def test_the_functional_form_says_what_it_expects(name, training):
+    options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call_functional(options, torch.randn(2, 4, 5, 5), training=training)
+
+
+def test_under_autocast_float64_weights_are_not_converted():
+    unit = unit_like(in_turn(CASES["one"], torch.float32))
+    unit.convs.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="expected parameters in"):
+        unit(input_of(CASES["one"], torch.float32))
+
+
+def test_call_fused_checks_what_the_unit_checks():
+    conv, x = conv2d(), torch.randn(2, CHANNELS, 5, 5)
+    norm = syncbn.BatchNorm(CHANNELS, activation="gelu")
+    for training in (True, False):
+        with pytest.raises(ValueError, match="expected one activation, got gelu in the norm and activation='silu'"):
+            syncbn.call_fused(norm.train(training), [conv], x, activation="silu")
+        with pytest.raises(ValueError, match="expected activation"):
+            syncbn.call_fused(norm, [conv], x, activation="selu")
+        with pytest.raises(TypeError, match="got none"):
+            syncbn.call_fused(norm, [], x)
+        plain = nn.BatchNorm2d(CHANNELS).train(training)
+        with pytest.raises(TypeError, match="expected a layer of syncbn in front of a residual, got BatchNorm2d"):
+            syncbn.call_fused(plain, [conv], x, x)
+        with pytest.raises(TypeError, match="expected a layer of syncbn in front of a mask, got GroupNorm"):
+            syncbn.call_fused(nn.GroupNorm(2, CHANNELS), [conv], x, mask=x > 0)
+    torch.testing.assert_close(syncbn.call_fused(None, [conv], x, activation="relu"), (conv(x.relu()),))
+
+
+def test_attributes_of_torchs_layer_are_not_taken_for_ours():
+    norm, conv, x = nn.BatchNorm2d(CHANNELS), conv2d(), torch.randn(2, CHANNELS, 5, 5)
+    expected = conv(norm(x))
+    for activation, temperature in (("relu", 3.0), (nn.ReLU(), None)):
+        norm.activation, norm.temperature = activation, temperature
+        torch.testing.assert_close(syncbn.call_fused(norm, [conv], x)[0], expected)
+
+
+def test_lazy_and_reconfigured_convolutions():
+    x = torch.randn(2, CHANNELS, 6, 6)
+    unit = syncbn.NormActConv(syncbn.SyncBatchNorm(CHANNELS), nn.LazyConv2d(3, 3))
+    assert unit(x).shape == (2, 3, 4, 4)
+    conv = conv2d()
+    conv.padding, conv.stride, conv.dilation = 1, 2, 2
+    norm = nn.BatchNorm2d(CHANNELS)
+    found = syncbn.NormActConv(norm, conv)(x)
+    assert found.grad_fn.name() == "NormActConvFunctionBackward"
+    torch.testing.assert_close(found, conv(norm(x)))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_the_hook_of_a_parameter_runs_only_if_its_output_is_read(register):
+    unit, x = unit_like(in_turn(CASES["shortcut"])), input_of(CASES["shortcut"])
+    calls = []
+    for conv in unit.convs:
+        getattr(conv.weight, register)(lambda grad: calls.append(grad.shape))
+    unit(x)[0].sum().backward()
+    assert calls == [unit.convs[0].weight.shape]
+    single = syncbn.NormActConv(unit.norm, unit.convs[0])
+    assert is_fused(single, x)
+    single(x).sum().backward()
+    assert len(calls) == 2
+
+
+def test_a_norm_may_be_called_alone_and_in_a_unit():
+    norm, conv = nn.BatchNorm2d(CHANNELS), conv2d(CHANNELS, padding=1)
+    twins = copy.deepcopy(norm), copy.deepcopy(conv)
+    x = torch.randn(3, CHANNELS, 6, 6, requires_grad=True)
+    found = syncbn.call_fused(norm, [conv], norm(x), activation="relu")[0]
+    expected = twins[1](twins[0](twins[0](x)).relu())
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.state_dict(), twins[0].state_dict())
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "node", "prehook"])
+def test_a_forward_pass_in_a_hook_at_the_unit_moves_statistics(hook):
+    unit, other = unit_like(in_turn(CASES["one"])), syncbn.BatchNorm(CHANNELS, dtype=torch.float64)
+    x = input_of(CASES["one"])
+    y = unit(x)
+
+    def run(*_):
+        other(x.detach())
+
+    register = {
+        "register_hook": y.register_hook,
+        "node": y.grad_fn.register_hook,
+        "prehook": y.grad_fn.register_prehook,
+    }
+    register[hook](run)
+    y.sum().backward()
+    assert other.num_batches_tracked == 1
+
+
+def test_scripting_is_refused():
+    unit = unit_like(in_turn(CASES["one"])).eval()
+    with pytest.raises(TypeError, match=r"expected torch's own layers for torch.jit.script, got a NormActConv"):
+        torch.jit.script(unit)
+
+
 # --- derivatives, tools
+
+
+def test_second_derivatives_of_a_single_output_channel_in_channels_last():
+    unit = syncbn.NormActConv(nn.BatchNorm2d(CHANNELS), conv2d(1)).double().to(memory_format=torch.channels_last)
+    x = input_of(CASES["channels last"])
+    leaves = [x, *unit.parameters()]
+    found = torch.autograd.grad(unit(x).square().sum(), leaves, create_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(unit(x).square().sum(), leaves), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["shortcut", "depthwise", "1d", "silu", "gelu", "channels last"])

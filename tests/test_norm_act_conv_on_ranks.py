@@ -317,6 +317,14 @@ def fails(where: str) -> tuple[str, str, list[float]]:
                 x = torch.randn(3, 5, 5, 6)
             elif where == "dtype":
                 x = torch.ones(3, 4, 5, 6, dtype=torch.int64)
+            elif where == "nothing":
+                x = None
+            elif where == "kernel":
+                x = torch.randn(3, 4, 2, 2)
+            elif where == "dimensions":
+                x = torch.randn(3, 4, 5)
+            elif where == "convolution":
+                unit.convs.double()
             elif where == "statistics":
                 monkeypatch.setattr("syncbn.backends.torch_ops.pack", broken)
             elif where == "input gradient":
@@ -331,7 +339,10 @@ def fails(where: str) -> tuple[str, str, list[float]]:
     return kind, message, collectives.all_reduce_(torch.ones(1), None).tolist()
 
 
-@pytest.mark.parametrize("where", ["channels", "dtype", "statistics", "input gradient"])
+@pytest.mark.parametrize(
+    "where",
+    ["channels", "dtype", "nothing", "kernel", "dimensions", "convolution", "statistics", "input gradient"],
+)
 def test_an_error_before_the_collective_raises_on_every_rank(where):
     (kind, message, total), (other, _, _) = run_ranks(2, fails, where)
     assert (kind, other) == ("ValueError", "ValueError")
@@ -379,6 +390,46 @@ def test_detect_desync_names_the_norm_of_the_unit(order):
         assert kind == "DesyncError"
         assert "b.norm" in message
     assert all(kind == "nothing" for kind, _ in run_ranks(2, desynchronize, "ab"))
+
+
+def fails_in_functional_form(where: str) -> tuple[str, list[float]]:
+    conv = syncbn.Convolution(torch.ones(2, 4, 1, 1))
+    x: torch.Tensor | None = torch.randn(3, 4, 5, 5)
+    convolutions = [conv]
+    if dist.get_rank() == 0:
+        x = None if where == "input" else x
+        convolutions = {
+            "none": [], "padding": [conv._replace(padding="full")], "channels": [conv._replace(groups=2)],
+        }.get(where, convolutions)  # fmt: skip
+    try:
+        syncbn.sync_norm_act_conv(x, torch.zeros(4), torch.ones(4), None, None, convolutions, True)
+        kind = "nothing"
+    except Exception as error:
+        kind = type(error).__name__
+    return kind, collectives.all_reduce_(torch.ones(1), None).tolist()
+
+
+@pytest.mark.parametrize("where", ["input", "none", "padding", "channels"])
+def test_bad_arguments_of_the_functional_form_on_one_rank_raise_on_every_rank(where):
+    assert run_ranks(2, fails_in_functional_form, where) == [("ValueError", [2.0])] * 2
+
+
+def trains_with_hooks_on_rank_0(where: str) -> tuple[torch.Tensor, list[float]]:
+    """A unit whose norm needs no gradient runs as one Function on rank 1 and module by module on rank 0."""
+    torch.manual_seed(0)
+    unit = syncbn.NormActConv(syncbn.SyncBatchNorm(4, affine=False), nn.Conv2d(4, 3, 3)).double()
+    if dist.get_rank() == 0:
+        unit.get_submodule(where).register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        unit(torch.randn(2, 4, 5, 5, dtype=torch.float64)).square().sum().backward()
+    return unit.norm.running_var, collectives.all_reduce_(torch.ones(1), None).tolist()
+
+
+@pytest.mark.parametrize("where", ["norm", "convs.0"])
+def test_a_rank_that_runs_the_modules_in_turn_stays_in_step(where):
+    (first, total), (second, other) = run_ranks(2, trains_with_hooks_on_rank_0, where)
+    assert torch.equal(first, second)
+    assert total == other == [2]
 
 
 def pairs() -> bool:

@@ -1,11 +1,13 @@
 """Benchmarks run with small arguments, and their results are correct where the right value is known."""
 
 import csv
+import functools
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -23,7 +25,9 @@ import accuracy_numerics
 import bench_layer
 import bench_memory
 import bench_model
+import bench_overlap
 import common
+import networks
 import scaling_model
 
 
@@ -158,16 +162,31 @@ def test_bench_layer_refuses_a_layer_that_computes_something_else():
         bench_layer.check("wrong", wrong, x, grad_output)
 
 
-def test_bench_model_measures_every_formulation(tmp_path):
-    arguments = ["--depth", "20", "--ranks", "2", "--batch", "2", "--image", "8", "--rounds", "1"]
+def test_bench_model_measures_every_candidate(tmp_path):
+    arguments = ["--networks", "preact20", "--ranks", "2", "--batch", "2", "--image", "8", "--rounds", "1"]
     rows = run_script(bench_model.main, tmp_path, *arguments)
-    assert [row["candidate"] for row in rows] == list(common.NORMS)
+    assert {row["network"] for row in rows} == {"preact20"}
     found = {row["candidate"]: row for row in rows}
-    network = bench_model.network(20, torch.nn.BatchNorm2d, torch.device("cpu"), torch.float32)
-    channels = [m.num_features for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert int(found["syncbn"]["calls"]) == 2 * len(channels)
-    assert int(found["syncbn"]["bytes"]) == sum(2 * 8 * (2 * c + 1) for c in channels)
+    assert list(found) == ["local BN", "syncbn", "syncbn, fused", "all-gather", "mean of squares"]
+    channels = [m.num_features for m in plain("preact20").modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for name in ("syncbn", "syncbn, fused"):
+        assert int(found[name]["calls"]) == 2 * len(channels)
+        assert int(found[name]["bytes"]) == sum(2 * 8 * (2 * c + 1) for c in channels)
     assert found["local BN"]["calls"] == "0"
+
+
+def test_bench_model_times_compiled_networks_in_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # seconds, not minutes
+    arguments = ["--networks", "preact20", "--ranks", "1", "--batch", "4", "--image", "16", "--rounds", "1"]
+    rows = run_script(bench_model.main, tmp_path, *arguments, "--compile")
+    found = {row["candidate"]: row for row in rows}
+    assert list(found)[-2:] == ["local BN, compiled", "syncbn, compiled"]
+    assert float(found["local BN"]["ratio"]) == 1
+    assert found["syncbn, compiled"]["calls"] == ""
+
+
+def plain(network: str) -> torch.nn.Module:
+    return networks.Candidate(torch.nn.BatchNorm2d).network(network, torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
@@ -177,8 +196,39 @@ def test_bench_model_says_that_a_gpu_is_missing(tmp_path):
 
 
 def test_bench_model_refuses_a_network_that_computes_something_else():
+    wrong = networks.Candidate(lambda c: torch.nn.BatchNorm2d(c, eps=1e-3))
     with pytest.raises(AssertionError, match="off plain BatchNorm"):
-        bench_model.check("wrong", lambda c: torch.nn.BatchNorm2d(c, eps=1e-3), 20, 8, torch.device("cpu"))
+        bench_model.check("wrong", wrong, "preact20", 8, torch.device("cpu"))
+
+
+def test_bench_model_refuses_a_compiled_network_with_other_gradients():
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    for model in models:
+        model(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(AssertionError, match="wrong: gradients off those without compilation"):
+        bench_model.check_gradients("wrong", *models)
+    bench_model.check_gradients("right", models[0], models[0])
+
+
+def check_networks_of_torchvision() -> None:
+    for network in ("resnet50", "densenet121"):
+        candidate = networks.candidates(torch.device("cpu"))[networks.FUSED]
+        bench_model.check(networks.FUSED, candidate, network, 64, torch.device("cpu"))
+
+
+def test_fused_networks_of_torchvision_normalize_over_the_batch_of_all_ranks():
+    run_ranks(2, check_networks_of_torchvision)
+
+
+def test_candidates_have_the_same_parameters_and_other_norms():
+    for network in ("preact20", "densenet121"):
+        expected = plain(network)
+        for candidate in networks.candidates(torch.device("cpu")).values():
+            model = candidate.network(network, torch.device("cpu"))
+            kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+            assert kinds == {type(candidate.norm(1))}
+            for actual, parameter in zip(model.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(actual, parameter)
 
 
 # --- memory
@@ -201,14 +251,43 @@ def test_parameters_are_not_counted():
 
 
 def test_a_fused_layer_keeps_its_input_and_per_channel_values_alone(tmp_path):
-    rows = run_script(bench_memory.main, tmp_path, *["--shape", "8x16x12x12", "--batch", "2", "--image", "32"])
+    arguments = ["--shape", "8x16x12x12", "--networks", "preact50", "--batch", "2", "--image", "64"]
+    rows = run_script(bench_memory.main, tmp_path, *arguments)
     found = {(r["candidate"], r["case"], r["dtype"]): int(r["bytes"]) for r in rows}
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         tensor, per_channel = 8 * 16 * 12 * 12 * size, 64 * (16 + 1)
         assert tensor < found["syncbn, fused", "alone", dtype] <= tensor + per_channel
         assert 2 * tensor < found["syncbn", "alone", dtype] <= 2 * tensor + per_channel
         assert 2 * tensor < found["local BN", "alone", dtype] <= 2 * tensor + per_channel
-    assert found["local BN", "ResNet-50", "float32"] > 0
+    of_networks = {row["candidate"]: row for row in read_rows(tmp_path / "rows_networks.csv")}
+    assert list(of_networks) == [*networks.candidates(torch.device("cpu")), "local BN, fused"]
+    assert all(int(row["peak"]) > int(row["kept"]) > 0 for row in of_networks.values())
+    assert 0.54 < float(of_networks["syncbn, fused"]["kept_ratio"]) < 0.56
+
+
+def allocate_and_free() -> None:
+    first = torch.empty(1000, dtype=torch.uint8)
+    second = torch.empty(500, dtype=torch.uint8)
+    del first
+    third = torch.empty(700, dtype=torch.uint8)
+    assert len(second) + len(third) == 1200
+
+
+def test_the_peak_of_a_step_is_what_it_has_allocated_at_one_time():
+    assert bench_memory.peak_bytes(allocate_and_free, torch.device("cpu")) == 1500
+
+
+def test_the_peak_of_a_training_step_contains_activations_and_gradients_but_no_earlier_allocation():
+    kept = [torch.empty(10**6)]
+    weight = torch.zeros(1000, 1000, requires_grad=True)
+    x = torch.ones(1, 1000)
+
+    def step() -> None:
+        kept.clear()
+        (x @ weight).sum().backward()
+
+    peak = bench_memory.peak_bytes(step, torch.device("cpu"))
+    assert weight.grad.nbytes < peak < weight.grad.nbytes + 5 * x.nbytes
 
 
 # --- accuracy
@@ -266,9 +345,29 @@ def test_a_link_is_recovered_from_the_times_of_a_ring_of_two():
     assert scaling_model.fit_link(times) == pytest.approx(link, rel=1e-6)
 
 
-def test_resnet50_has_53_layers_with_26560_channels():
-    channels = scaling_model.resnet50_channels()
-    assert (len(channels), sum(channels)) == (53, 26560)
+def test_the_layers_are_those_of_the_networks_and_of_what_fuse_finds():
+    for name, layers, channels, fused in (("resnet50", 53, 26560, 32), ("preact50", 49, 22720, 48)):
+        found = scaling_model.network(name).layers
+        assert (len(found), sum(layer.num_channels for layer in found)) == (layers, channels)
+        assert sum(layer.hiding_flops > 0 for layer in found) == fused
+
+
+def test_a_layer_hides_behind_the_convolutions_that_read_it():
+    first = scaling_model.network("preact50").layers[0]  # a 1x1 convolution to 64 channels, the shortcut to 256
+    assert first == (64, 2 * 64 * (64 + 256) * 56 * 56)
+    flops = scaling_model.network("resnet50").flops
+    assert flops == pytest.approx(3 * 2 * 4.089e9, rel=0.02)  # multiply-adds of torchvision's ResNet-50, all layers
+
+
+def test_hiding_saves_no_more_than_the_all_reduces_and_than_the_weight_gradients():
+    machine = lambda group: scaling_model.Machine(FABRIC, FABRIC)  # noqa: E731
+    free, bound, without = (
+        scaling_model.predict_hidden("preact50", 64, 8, machine, 32, tflops) for tflops in (1e-9, 60, 1e9)
+    )
+    assert without["world, backward hidden"] == pytest.approx(without["world"], rel=1e-6)
+    final_us = scaling_model.Machine(FABRIC, FABRIC).all_reduce_us(scaling_model.Group(64, 8), 8 * (2 * 2048 + 1))
+    assert free["world, backward hidden"] == pytest.approx(free["world"] / 2 + final_us / 1e3, rel=1e-6)
+    assert free["world, backward hidden"] < bound["world, backward hidden"] < bound["world"]
 
 
 def test_the_model_predicts_more_for_more_ranks_and_is_compared_with_gloo(tmp_path):
@@ -277,9 +376,61 @@ def test_the_model_predicts_more_for_more_ranks_and_is_compared_with_gloo(tmp_pa
     assert world == sorted(world)
     assert len(set(world)) == len(scaling_model.GPUS)
     assert len({row["node"] for row in rows if row["per_node"] == "8"}) == 1
+    hidden = read_rows(tmp_path / "rows_hidden.csv")
+    assert [row["world"] for row in hidden if row["network"] == "resnet50"] == [row["world"] for row in rows]
+    assert all(float(row["world, backward hidden"]) < float(row["world"]) for row in hidden)
     gloo = read_rows(tmp_path / "rows_gloo.csv")
     assert [(row["ranks"], row["channels"]) for row in gloo] == [("2", "8"), ("2", "64")]
     assert {int(row["cores"]) for row in gloo} == {len(os.sched_getaffinity(0))}
+
+
+# --- overlap
+
+
+def seconds_of_delayed_calls() -> list[float]:
+    values, parts = torch.ones(3), [torch.zeros(3), torch.zeros(3)]
+    found = []
+    with bench_overlap.Delayed(0.2) as delay:
+        for run in (
+            lambda: dist.all_reduce(values),
+            lambda: dist.all_gather(parts, values, async_op=True).wait(),
+            lambda: dist.all_gather(parts, values, async_op=True),
+        ):
+            start = time.perf_counter()
+            work = run()
+            found.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    work.wait()
+    assert delay.calls == 3
+    assert values.tolist() == [2, 2, 2]
+    return [*found, time.perf_counter() - start]
+
+
+def test_a_delayed_collective_makes_those_wait_who_wait_for_it():
+    for synchronous, waited, started, rest in run_ranks(2, seconds_of_delayed_calls):
+        assert synchronous >= 0.2
+        assert waited >= 0.2
+        assert started + rest >= 0.2
+
+
+def test_growth_is_the_median_difference_of_rounds_in_units_of_the_delays():
+    assert bench_overlap.growth([12.0, 25.0, 31.0], [10.0, 20.0, 30.0], 4.0) == 0.5
+    assert bench_overlap.growth([1.0], [1.0], 0.0) is None
+
+
+def test_bench_overlap_delays_every_collective_of_backward_once(tmp_path):
+    arguments = ["--network", "preact20", "--batch", "2", "--image", "16", "--fractions", "0", "1", "--rounds", "1"]
+    rows = run_script(bench_overlap.main, tmp_path, *arguments)
+    assert [row["candidate"] for row in rows] == ["syncbn", "syncbn", "syncbn, fused", "syncbn, fused"]
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in plain("preact20").modules())
+    assert {int(row["calls"]) for row in rows} == {norms}
+    assert [row["growth"] == "" for row in rows] == [True, False, True, False]
+    assert float(rows[1]["delay_ms"]) == float(rows[1]["unit_ms"]) > 0
+
+
+def test_bench_overlap_needs_a_run_without_delay(tmp_path):
+    with pytest.raises(SystemExit, match=r"expected 0 among --fractions, got \[1.0\]"):
+        run_script(bench_overlap.main, tmp_path, "--fractions", "1")
 
 
 # --- torch's own tests
