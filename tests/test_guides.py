@@ -53,5 +53,5 @@ def test_the_program_runs_on_two_ranks(name, tmp_path):
 
 def test_the_guides_have_a_program_for_each_section():
     headings = re.findall(r"^## (.*)$", (DOCS / "integrations.md").read_text(), flags=re.MULTILINE)
-    assert len(headings) == 9
+    assert len(headings) == 10
     assert all(f"integrations.md {heading}" in PROGRAMS for heading in headings)
