@@ -1,35 +1,45 @@
-"""How many bytes does each formulation of normalization + ReLU save for backward?
+"""How many bytes does each kind of normalization save for backward, and how many does a training step allocate at most?
 
-    python scripts/bench_memory.py                # seconds; no timing, so the answer is the same on every machine
+    python scripts/bench_memory.py                # under a minute; no timing, so it may share the machine
+    python scripts/bench_memory.py --device cuda --batch 32 --image 224             # the networks on a GPU
 
-The count is the distinct storages that autograd saves, without parameters and buffers, in units of the layer's input:
+Kept is the size of the distinct storages that autograd saves, without parameters and buffers. For one layer, in units
+of its input:
 
-- for the layer alone, including its input;
-- between two convolutions, which save their inputs anyway; the residual is the input of the first;
-- for a whole pre-activation ResNet-50 in float32.
+- for normalization + ReLU alone, including its input;
+- between two convolutions, which save their inputs anyway; the residual is the input of the first.
 
-The normalization's parameters are always float32. Rows are appended to benchmarks/memory.csv; tables in
-docs/performance.md.
+For whole networks in float32, kept, and the peak of a step: the most that forward, backward and SGD with momentum have
+allocated at one time, gradients included, above what is allocated before the step (parameters, buffers, momentum and
+images). On CPU, allocations are those that PyTorch's profiler records; memory that libraries allocate themselves is not
+among them. "Fused" is a layer with a fused ReLU, and a network with norm, ReLU and convolutions as one unit.
 
-Last answer (CPU, torch 2.14.1, f434781): 2 tensors like the input as local BatchNorm2d + ReLU, 1 with a fused ReLU; no
-difference between convolutions. A mean of squares keeps one more in bfloat16.
+The normalization's parameters are always float32. Rows are appended to benchmarks/memory.csv and memory_networks.csv;
+tables in docs/performance.md.
+
+Last answer (...): to be measured.
 """
 
+import json
+import tempfile
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
-from common import COLOURS
 from matplotlib.figure import Figure
+from networks import COLOUR_OF, FUSED, LOCAL_FUSED, Candidate, candidates, training_step
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 import syncbn
-from train.preact_resnet import preact_resnet
 
 CASES = ["alone", "alone, residual", "between convolutions", "between convolutions, residual"]
-FUSED = "syncbn, fused"
+NETWORKS = ["preact50", "resnet50", "densenet121"]
+UNFUSED = "syncbn"  # the unit of the networks' ratios
 
 
 class NormReLU(nn.Module):
@@ -100,27 +110,96 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, dict[str, i
     return found
 
 
-def measure_networks(batch: int, image: int) -> dict[str, int]:
-    """Return the bytes that a pre-activation ResNet-50 saves for backward, by formulation."""
-    images = torch.randn(batch, 3, image, image)
-    return {name: saved_bytes(preact_resnet(50, norm, num_classes=10), images) for name, norm in common.NORMS.items()}
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that one call has allocated at one time, above what is allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = _allocations(profiler)
+    assert changes, "expected the trace of torch.profiler to have [memory] events, got none: has it changed?"
+    return max(accumulate(changes))
 
 
-def draw(found: dict[str, dict[str, dict[str, int]]], units: dict[str, int], path: Path) -> None:
+def _allocations(profiler: profile) -> list[int]:
+    """Return the bytes of each allocation, negative when it is freed, in the order of time.
+
+    The format of the trace is not documented. If it changes, the tests of the peak in tests/test_scripts.py fail.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    allocations = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return [event["args"]["Bytes"] for event in allocations]
+
+
+def measure_networks(networks: list[str], batch: int, image: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return the bytes that each network keeps for backward, and the peak of a training step, by candidate."""
+    compared = candidates(device) | {LOCAL_FUSED: Candidate(syncbn.BatchNorm, is_fused=True)}
+    images = torch.randn(batch, 3, image, image, device=device)
+    found: list[dict[str, Any]] = []
+    for network in networks:
+        sizes = {}
+        for name, candidate in compared.items():
+            model = candidate.network(network, device)
+            kept = saved_bytes(model, images)
+            step = training_step(model, batch, image, device)
+            step()  # creates momentum, and what libraries create once
+            model.zero_grad()
+            sizes[name] = kept, peak_bytes(step, device)
+        found += [
+            {"network": network, "candidate": name, "kept": kept, "peak": peak,
+             "kept_ratio": kept / sizes[UNFUSED][0], "peak_ratio": peak / sizes[UNFUSED][1]}
+            for name, (kept, peak) in sizes.items()
+        ]  # fmt: skip
+    return found
+
+
+def draw_layers(panels: Any, found: dict[str, dict[str, dict[str, int]]], units: dict[str, int]) -> None:
     """Draw one panel for each dtype with one group of bars for each case."""
-    figure = Figure(figsize=(11, 3.6 * len(found)), layout="constrained")
-    panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
     for axes, (dtype, by_name) in zip(panels, found.items(), strict=True):
         width = 0.8 / len(by_name)
         for index, (name, cases) in enumerate(by_name.items()):
             positions = [place + (index - (len(by_name) - 1) / 2) * width for place in range(len(CASES))]
             ratios = [cases[case] / units[dtype] for case in CASES]
-            axes.bar(positions, ratios, width, color=COLOURS[index], label=name)
+            axes.bar(positions, ratios, width, color=COLOUR_OF[name], label=name)
         axes.set(title=f"Kept for backward by normalization + ReLU, {dtype}", ylabel="tensors like the input")
         axes.set_xticks(range(len(CASES)), CASES)
-        common.tidy(axes)
-    panels[0].legend(frameon=False, ncols=len(COLOURS), loc="upper left")
+    panels[0].legend(frameon=False, ncols=len(next(iter(found.values()))), loc="upper left")
     panels[0].set_ylim(top=panels[0].get_ylim()[1] * 1.15)
+
+
+def draw_networks(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw what each network keeps for backward, and behind it, pale, the peak of a step."""
+    networks, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "candidate"))
+    width = 0.86 / len(names)
+    for index, name in enumerate(names):
+        own = [row for row in rows if row["candidate"] == name]
+        positions = [place + (index - (len(names) - 1) / 2) * width for place in range(len(networks))]
+        peaks = axes.bar(positions, [row["peak"] / 1e6 for row in own], width, color=COLOUR_OF[name], alpha=0.4)
+        axes.bar_label(peaks, fmt="%.0f", fontsize=8)
+        kept = axes.bar(positions, [row["kept"] / 1e6 for row in own], width, color=COLOUR_OF[name], label=name)
+        axes.bar_label(kept, fmt="%.0f", fontsize=8)
+    axes.set(title="Networks: kept for backward; pale: peak of a training step", ylabel="MB")
+    axes.set_xticks(range(len(networks)), networks)
+    axes.legend(frameon=False, ncols=len(names), loc="upper left")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
+
+
+def draw(
+    found: dict[str, dict[str, dict[str, int]]], units: dict[str, int], networks: list[dict[str, Any]], path: Path
+) -> None:
+    """Draw layers and networks."""
+    figure = Figure(figsize=(11, 3.6 * (len(found) + 1)), layout="constrained")
+    panels = figure.subplots(len(found) + 1, 1)
+    draw_layers(panels[:-1], found, units)
+    draw_networks(panels[-1], networks)
+    for axes in panels:
+        common.tidy(axes)
     common.save(figure, path)
 
 
@@ -128,8 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, append rows and draw."""
     parser = common.parser(__doc__, "memory")
     parser.add_argument("--shape", type=common.sizes, default=(32, 64, 56, 56), help="of the layer's input, 2x3x4x4")
-    parser.add_argument("--batch", type=int, default=8, help="of the network")
-    parser.add_argument("--image", type=int, default=64, help="pixels per side, of the network")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="preact18 to preact200, models of torchvision")
+    parser.add_argument("--batch", type=int, default=8, help="of the networks")
+    parser.add_argument("--image", type=int, default=64, help="pixels per side, of the networks")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the networks")
     arguments = parser.parse_args(argv)
     shape = "x".join(map(str, arguments.shape))
     found, units, rows = {}, {}, []
@@ -147,19 +228,20 @@ def main(argv: list[str] | None = None) -> None:
              "ratio": kept / unit}
             for key, cases in found[name].items() for case, kept in cases.items()
         ]  # fmt: skip
-    networks, images = measure_networks(arguments.batch, arguments.image), f"{arguments.batch} x {arguments.image}^2"
-    common.print_table(
-        f"kept by a ResNet-50 for {arguments.batch} images of {arguments.image} pixels, float32",
-        ["normalization + ReLU", "MB"],
-        [[name, f"{kept / 1e6:.1f}"] for name, kept in networks.items()],
-    )
-    rows += [
-        {**common.head(), "case": "ResNet-50", "shape": images, "dtype": "float32", "candidate": name, "bytes": kept,
-         "ratio": kept / networks[common.LOCAL]}
-        for name, kept in networks.items()
-    ]  # fmt: skip
     common.append_rows(arguments.csv, rows)
-    draw(found, units, arguments.plot)
+    device = torch.device(arguments.device)
+    measured = arguments.networks, arguments.batch, arguments.image, device
+    networks = common.on_ranks(1, measure_networks, *measured, device=arguments.device)
+    common.print_table(
+        f"training step, {arguments.batch} images of {arguments.image} pixels, float32, torch {torch.__version__}",
+        ["network", "normalization", "MB kept", "MB peak", f"kept / {UNFUSED}", f"peak / {UNFUSED}"],
+        [[row["network"], row["candidate"], f"{row['kept'] / 1e6:.1f}", f"{row['peak'] / 1e6:.1f}",
+          f"{row['kept_ratio']:.3f}", f"{row['peak_ratio']:.3f}"] for row in networks],
+    )  # fmt: skip
+    head = {**common.head(arguments.device), "batch": arguments.batch, "image": arguments.image}
+    networks_csv = arguments.csv.with_name(f"{arguments.csv.stem}_networks.csv")
+    common.append_rows(networks_csv, [{**head, **row} for row in networks])
+    draw(found, units, networks, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,32 @@ all-reduces 2C + 1 float64 in forward and in backward; torch's gathers 2C + 1 fl
 2C float32. The rest of a step is derived from 2470 images per second on one A100 80GB in mixed precision
 (NVIDIA/DeepLearningExamples, ResNet50 v1.5 for PyTorch, README).
 
+In `backward hidden`, the layers that `syncbn.fuse` fuses wait in backward only for the part of their all-reduce that
+takes longer than the weight gradients of the convolutions after them: 32 of the 53 layers of torchvision's ResNet-50,
+and 48 of the 49 of a pre-activation ResNet-50. The time of weight gradients is their FLOPs, counted in the network at
+224 pixels, divided by a rate. The rate is that of the whole step above, 60 TFLOPS: the FLOPs of all convolutions,
+forward and both gradients, divided by the time without synchronization. The step also contains layers that are bound by
+memory, so convolutions alone are faster, and what is hidden is an upper bound. `--tflops 312`, the peak of an A100 in
+half precision (NVIDIA A100 datasheet), gives the lower bound. The step time of the pre-activation network is taken to
+be that of the other, which has as many FLOPs.
+
 Assumptions:
 
-- no overlap: a layer waits for its statistics;
+- no overlap, except in `backward hidden`: a layer waits for its statistics;
+- a hidden all-reduce and the convolutions beside it do not slow each other, nor do the gradients' all-reduces;
 - all ranks arrive at the same time, and the network is not congested;
 - one-shot has the base cost of the ring;
 - the kernels of the layer and the host-device synchronizations of torch's layer cost nothing.
 
 Check: the ring formula describes gloo's algorithm too. With latency and bandwidth fitted on 2 ranks, it predicts the
 all-reduces measured in our layers on more ranks. These ranks share the cores, which multiplies both costs. Rows are
-appended to benchmarks/scaling.csv and scaling_gloo.csv; tables in docs/performance.md.
+appended to benchmarks/scaling.csv, scaling_hidden.csv and scaling_gloo.csv; tables in docs/performance.md.
 
 Last answer (predicted): 11 % of a step within a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % on 64,
-38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. The check (AMD EPYC, 2 cores, torch 2.14.1, 00fc624): on
-3 to 8 gloo ranks, measured all-reduces take 1.20 to 2.10 times as long as predicted, 0.42 to 1.82 in earlier runs.
+38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. Hiding the backward all-reduces leaves, at best, 21, 32
+and 40 % for torchvision's ResNet-50, and 15, 25 and 34 % for the pre-activation one (26, 36 and 44 % without); in the
+worst case 25, 37 and 45 %, and 22, 34 and 42 %. The check (AMD EPYC, 2 cores, torch 2.14.1, 00fc624): on 3 to 8 gloo
+ranks, measured all-reduces take 1.20 to 2.10 times as long as predicted, 0.42 to 1.82 in earlier runs.
 """
 
 import math
@@ -43,11 +55,14 @@ import torch
 from common import COLOURS, Traffic
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from networks import Candidate
 from torch import nn
-from torchvision.models import resnet50
 
 import syncbn
 
+IMAGE = 224  # pixels per side
+HIDDEN = "world, backward hidden"
+RESNET50, PREACT50 = "resnet50", "preact50"
 GPUS = [2**power for power in range(3, 13)]
 CHANNELS = [64, 512, 2048, 65536]  # no layer has 65536 channels: they are for fitting the bandwidth
 
@@ -140,11 +155,52 @@ def nccl(arguments: Any) -> Callable[[Group], Machine]:
     return machine
 
 
+class Layer(NamedTuple):
+    """A normalization: its channels, and the FLOPs per image of the weight gradients that run beside its all-reduce."""
+
+    num_channels: int
+    hiding_flops: float
+
+
+class Network(NamedTuple):
+    """The normalizations of a network, and the FLOPs per image of its convolutions in forward and backward."""
+
+    layers: tuple[Layer, ...]
+    flops: float
+
+
 @cache
-def resnet50_channels() -> tuple[int, ...]:
-    """Return the number of channels of each normalization layer of a ResNet-50."""
-    with torch.device("meta"):
-        return tuple(module.num_features for module in resnet50().modules() if isinstance(module, nn.BatchNorm2d))
+def network(name: str) -> Network:
+    """Return a network of `networks.Candidate`; its layers hide their all-reduce where `syncbn.fuse` fuses them."""
+    plain = Candidate(nn.BatchNorm2d).network(name, torch.device("meta"))
+    flops = convolution_flops(plain)
+    chains = syncbn.fusion_report(syncbn.fuse(plain)).fused
+    layers = []
+    for layer_name, layer in plain.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            readers = chains[layer_name].split(" -> ")[-1].split(", ") if layer_name in chains else []
+            layers.append(Layer(layer.num_features, sum(flops[reader] for reader in readers)))
+    first = next(iter(flops.values()))  # images have no gradient
+    return Network(tuple(layers), 3 * sum(flops.values()) - first)
+
+
+def convolution_flops(model: nn.Module) -> dict[str, float]:
+    """Return the FLOPs of each convolution for one image, by name in the order of calls; each gradient takes as many.
+
+    Args:
+        model: on the meta device.
+    """
+    flops: dict[str, float] = {}
+
+    def record(name: str, conv: nn.Module, output: torch.Tensor) -> None:
+        flops[name] = 2.0 * conv.weight.numel() * output[0, 0].numel()
+
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    hooks = [conv.register_forward_hook(lambda m, _, y, n=name: record(n, m, y)) for name, conv in convolutions]
+    model(torch.empty(1, 3, IMAGE, IMAGE, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return flops
 
 
 def our_sizes(num_channels: int) -> tuple[int, int]:
@@ -152,18 +208,38 @@ def our_sizes(num_channels: int) -> tuple[int, int]:
     return 8 * (2 * num_channels + 1), 8 * (2 * num_channels + 1)
 
 
+def predict_hidden(
+    name: str, gpus: int, per_node: int, machine: Callable[[Group], Machine], batch: int, tflops: float
+) -> dict[str, float]:
+    """Return the milliseconds that one step waits for collectives over all ranks, without and with hiding.
+
+    Args:
+        batch: images per GPU.
+        tflops: the rate of weight gradients.
+    """
+    world = Group(gpus, math.ceil(gpus / per_node))
+    fabric = machine(world)
+    total_us, hidden_us = 0.0, 0.0
+    for layer in network(name).layers:
+        forward_us, backward_us = (fabric.all_reduce_us(world, size) for size in our_sizes(layer.num_channels))
+        total_us += forward_us + backward_us
+        hidden_us += min(backward_us, batch * layer.hiding_flops / tflops / 1e6)
+    return {"world": total_us / 1e3, HIDDEN: (total_us - hidden_us) / 1e3}
+
+
 def predict(gpus: int, per_node: int, machine: Callable[[Group], Machine]) -> dict[str, float]:
-    """Return the milliseconds of the collectives of one step, by group and algorithm."""
+    """Return the milliseconds of the collectives of one step of a ResNet-50, by group and algorithm."""
+    layers = [layer.num_channels for layer in network(RESNET50).layers]
 
     def total_ms(group: Group, one_us: Callable[[Machine, int], float]) -> float:
         fabric = machine(group)
-        return sum(one_us(fabric, size) for channels in resnet50_channels() for size in our_sizes(channels)) / 1e3
+        return sum(one_us(fabric, size) for channels in layers for size in our_sizes(channels)) / 1e3
 
     def gathered_ms(group: Group) -> float:
         fabric = machine(group)
         return 1e-3 * sum(
             all_gather_us(fabric.ring, group, 4 * (2 * channels + 1)) + fabric.all_reduce_us(group, 4 * 2 * channels)
-            for channels in resnet50_channels()
+            for channels in layers
         )
 
     world = Group(gpus, math.ceil(gpus / per_node))
@@ -229,9 +305,15 @@ def check_on_gloo(ranks: list[int], channels: list[int], rounds: int) -> list[di
     return rows
 
 
-def draw(predictions: list[dict[str, Any]], gloo: list[dict[str, Any]], step_ms: float, path: Path) -> None:
+def draw(
+    predictions: list[dict[str, Any]],
+    hidden: list[dict[str, Any]],
+    gloo: list[dict[str, Any]],
+    step_ms: float,
+    path: Path,
+) -> None:
     """Draw the predicted shares for both kinds of node, and the check."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
     panels = figure.subplots(1, 3)
     columns = [name for name in predictions[0] if name not in ("gpus", "per_node", "step_ms")]
     for axes, per_node in zip(panels, (8, 4), strict=False):
@@ -241,11 +323,15 @@ def draw(predictions: list[dict[str, Any]], gloo: list[dict[str, Any]], step_ms:
             shares = [row[name] / (row[name] + step_ms) for row in rows]
             colour = [*COLOURS, "#BBBBBB", "#000000"][index]
             axes.plot([row["gpus"] for row in rows], shares, style, color=colour, label=name)
+        for name, style in zip((RESNET50, PREACT50), (":", "-."), strict=True):
+            rows = [row for row in hidden if (row["network"], row["per_node"]) == (name, per_node)]
+            shares = [row[HIDDEN] / (row[HIDDEN] + step_ms) for row in rows]
+            axes.plot([row["gpus"] for row in rows], shares, style, color=COLOURS[0], label=f"{HIDDEN}, {name}")
         axes.set(title=f"Predicted share of a step, {per_node} GPUs per node", xlabel="GPUs", xscale="log", ylim=(0, 1))
         axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS], rotation=45)
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    panels[1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside lower center")
     for index, num_channels in enumerate(dict.fromkeys(row["channels"] for row in gloo)):
         rows = [row for row in gloo if row["channels"] == num_channels]
         ranks = [row["ranks"] for row in rows]
@@ -264,11 +350,42 @@ def draw(predictions: list[dict[str, Any]], gloo: list[dict[str, Any]], step_ms:
     common.save(figure, path)
 
 
+def predict_networks(arguments: Any) -> list[dict[str, Any]]:
+    """Return a row with the waits of each network for each number of GPUs."""
+    step_ms = arguments.batch / arguments.images_per_second * 1e3
+    rows = []
+    for name in (RESNET50, PREACT50):
+        tflops = arguments.tflops or arguments.images_per_second * network(name).flops / 1e12
+        for per_node in (8, 4):
+            for gpus in GPUS:
+                case = {"network": name, "gpus": gpus, "per_node": per_node, "step_ms": step_ms, "tflops": tflops}
+                rows.append({**case, **predict_hidden(name, gpus, per_node, nccl(arguments), arguments.batch, tflops)})
+    return rows
+
+
+def report_hidden(rows: list[dict[str, Any]], path: Path) -> None:
+    """Print what hiding is worth, one column for each network and kind of node, and append rows."""
+
+    def cell(gpus: int, per_node: int, name: str) -> str:
+        (row,) = (r for r in rows if (r["gpus"], r["per_node"], r["network"]) == (gpus, per_node, name))
+        shares = (row[column] / (row[column] + row["step_ms"]) for column in ("world", HIDDEN))
+        return f"{row['world']:.1f}, {row[HIDDEN]:.1f} ({', '.join(f'{share:.0%}' for share in shares)})"
+
+    cases = [(per_node, name) for per_node in (8, 4) for name in (RESNET50, PREACT50)]
+    common.print_table(
+        f"predicted ms of waits, world, and {HIDDEN} (shares of the step), {rows[0]['tflops']:.0f} TFLOPS",
+        ["GPUs", *(f"{name}, {per_node} per node" for per_node, name in cases)],
+        [[str(gpus), *(cell(gpus, *case) for case in cases)] for gpus in GPUS],
+    )
+    common.append_rows(path, [{**common.head(), **row} for row in rows])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Predict, check, print, append rows and draw."""
     parser = common.parser(__doc__, "scaling")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU")
     parser.add_argument("--images-per-second", type=float, default=2470, help="of one GPU, without synchronization")
+    parser.add_argument("--tflops", type=float, help="rate of weight gradients, default: that of the step")
     parser.add_argument("--intra-us", type=float, help="latency of a step inside a node, default: NCCL's")
     parser.add_argument("--inter-us", type=float, help="latency of a step between nodes, default: NCCL's")
     parser.add_argument("--intra-gb-s", type=float, default=87.7, help="bandwidth of LL inside a node")
@@ -293,6 +410,8 @@ def main(argv: list[str] | None = None) -> None:
             [[str(r["gpus"]), *(f"{r[c]:.1f} ({r[c] / (r[c] + step_ms):.0%})" for c in columns)] for r in rows],
         )
     common.append_rows(arguments.csv, [{**common.head(), **row} for row in predictions])
+    hidden = predict_networks(arguments)
+    report_hidden(hidden, arguments.csv.with_name(f"{arguments.csv.stem}_hidden.csv"))
     gloo = check_on_gloo(arguments.ranks, arguments.channels, arguments.rounds)
     if gloo:
         common.print_table(
@@ -303,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         gloo_csv = arguments.csv.with_name(f"{arguments.csv.stem}_gloo.csv")
         common.append_rows(gloo_csv, [{**common.head(), **row} for row in gloo])
-    draw(predictions, gloo, step_ms, arguments.plot)
+    draw(predictions, hidden, gloo, step_ms, arguments.plot)
 
 
 if __name__ == "__main__":
