@@ -25,9 +25,10 @@ check: $(READY) ## lint, format check and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## measure synchronization on this CPU: rows in benchmarks/, pictures in docs/ (under 10 minutes)
+bench: $(READY) ## measure synchronization on this CPU: rows in benchmarks/, pictures in docs/ (10 minutes)
 	$(BIN)/python scripts/bench_layer.py
 	$(BIN)/python scripts/bench_model.py
+	$(BIN)/python scripts/bench_overlap.py
 	$(BIN)/python scripts/bench_memory.py
 	$(BIN)/python scripts/accuracy_numerics.py
 	$(BIN)/python scripts/scaling_model.py

@@ -30,9 +30,10 @@ Assumptions:
 - one-shot has the base cost of the ring;
 - the kernels of the layer and the host-device synchronizations of torch's layer cost nothing.
 
-Check: the ring formula describes gloo's algorithm too. With latency and bandwidth fitted on 2 ranks, it predicts the
-all-reduces measured in our layers on more ranks. These ranks share the cores, which multiplies both costs. Rows are
-appended to benchmarks/scaling.csv, scaling_hidden.csv and scaling_gloo.csv; tables in docs/performance.md.
+Check: gloo gathers around a ring, and up to 8 gloo ranks our layers gather. With latency and bandwidth fitted on 2
+ranks, the formula of the all-gather predicts the collectives measured in our layers on more ranks. These ranks share
+the cores, which multiplies both costs. Rows are appended to benchmarks/scaling.csv, scaling_hidden.csv and
+scaling_gloo.csv; tables in docs/performance.md.
 
 Last answer (predicted): 11 % of a step within a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % on 64,
 38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. Hiding the backward all-reduces leaves, at best, 21, 32
@@ -258,8 +259,8 @@ def predict(gpus: int, per_node: int, machine: Callable[[Group], Machine]) -> di
     }
 
 
-def measure_all_reduces(channels: list[int], rounds: int) -> list[tuple[int, float]]:
-    """Return the number of channels of each layer and the median microseconds of one of its all-reduces."""
+def measure_collectives(channels: list[int], rounds: int) -> list[tuple[int, float]]:
+    """Return the number of channels of each layer and the median microseconds of one of its collectives."""
     found = []
     for num_channels in channels:
         layer = syncbn.SyncBatchNorm(num_channels)
@@ -279,27 +280,26 @@ def fit_link(found: list[tuple[int, float]]) -> Link:
     """Return the latency and bandwidth of a ring of 2 ranks that minimize the relative error.
 
     Args:
-        found: channels, and microseconds of an all-reduce of 2C + 1 float64.
+        found: channels, and microseconds of an all-gather of 2C + 1 float64.
     """
     times = np.array([microseconds for _, microseconds in found], float)
     sizes = np.array([our_sizes(num_channels)[0] for num_channels, _ in found], float)
-    steps = 2 * (2 - 1)
-    system = np.stack([steps / times, steps * sizes / 2 / times], 1)
+    system = np.stack([1 / times, sizes / times], 1)
     latency, per_byte = np.linalg.lstsq(system, np.ones(len(times)), rcond=None)[0]
     return Link(float(latency), 1e-3 / max(float(per_byte), 1e-9))
 
 
 def check_on_gloo(ranks: list[int], channels: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Return, by ranks and channels, the measured microseconds of an all-reduce and those predicted from 2 ranks."""
+    """Return, by ranks and channels, the measured microseconds of a collective and those predicted from 2 ranks."""
     cores = len(os.sched_getaffinity(0))
     rows, link = [], None
     for world in ranks:
-        found = common.on_ranks(world, measure_all_reduces, channels, rounds)
+        found = common.on_ranks(world, measure_collectives, channels, rounds)
         link = link or fit_link(found)
         sharing = max(1, world / cores)
         shared = Link(link.latency_us * sharing, link.gb_per_s / sharing)
         for num_channels, measured in found:
-            predicted = ring_us(Fabric(0, shared, shared), Group(world, 1), our_sizes(num_channels)[0])
+            predicted = all_gather_us(Fabric(0, shared, shared), Group(world, 1), our_sizes(num_channels)[0])
             row = {"ranks": world, "cores": cores, "channels": num_channels}
             rows.append({**row, "measured_us": measured, "predicted_us": predicted, "ratio": measured / predicted})
     return rows
@@ -339,7 +339,7 @@ def draw(
         panels[2].plot(ranks, [r["measured_us"] for r in rows], "o", color=COLOURS[index], label=f"C = {num_channels}")
     if gloo:
         title = (
-            f"All-reduce in a layer, gloo on {gloo[0]['cores']} cores\npoints measured, lines predicted from 2 ranks"
+            f"Collective in a layer, gloo on {gloo[0]['cores']} cores\npoints measured, lines predicted from 2 ranks"
         )
         panels[2].set(title=title, xlabel="ranks", ylabel="us", yscale="log")
         panels[2].legend(frameon=False)
@@ -415,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     gloo = check_on_gloo(arguments.ranks, arguments.channels, arguments.rounds)
     if gloo:
         common.print_table(
-            f"all-reduce in a layer, gloo, torch {torch.__version__}, {gloo[0]['cores']} cores",
+            f"collective in a layer, gloo, torch {torch.__version__}, {gloo[0]['cores']} cores",
             ["ranks", "C", "measured, us", "predicted from 2 ranks, us", "ratio"],
             [[str(r["ranks"]), str(r["channels"]), f"{r['measured_us']:.0f}", f"{r['predicted_us']:.0f}",
               f"{r['ratio']:.2f}"] for r in gloo],

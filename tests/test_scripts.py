@@ -341,7 +341,7 @@ def test_an_all_reduce_costs_what_its_steps_cost():
 def test_a_link_is_recovered_from_the_times_of_a_ring_of_two():
     link = scaling_model.Link(300, 2)
     fabric, pair = scaling_model.Fabric(0, link, link), scaling_model.Group(2, 1)
-    times = [(c, scaling_model.ring_us(fabric, pair, 8 * (2 * c + 1))) for c in (64, 1024, 65536)]
+    times = [(c, scaling_model.all_gather_us(fabric, pair, 8 * (2 * c + 1))) for c in (64, 1024, 65536)]
     assert scaling_model.fit_link(times) == pytest.approx(link, rel=1e-6)
 
 
