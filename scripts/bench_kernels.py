@@ -16,7 +16,9 @@ Each is first checked against the formulas in float64; an inexact one that is no
 times are replays of CUDA graphs, so device time only; `eager` times include kernel launches. The L2 cache is flushed
 before each. Rows are appended to benchmarks/kernels_gpu.csv.
 
-Last answer: not yet measured.
+Last answer (NVIDIA H200, torch 2.11.0, Triton 3.6.0, 664a4f9): device time with a fused ReLU 0.04 to 0.68 of torch's
+SyncBatchNorm + ReLU, 0.67 to 1.9 of a copy. Launched one by one from Python, layers below 200 us of device time take up
+to 5 times as long as torch's.
 """
 
 import argparse

@@ -38,8 +38,8 @@ scaling_gloo.csv; tables in docs/performance.md.
 Last answer (predicted): 11 % of a step within a node of 8 GPUs, at any size of the cluster; over all GPUs 27 % on 64,
 38 % on 512, 46 % on 4096, and with all-gather 36, 77 and 96 %. Hiding the backward all-reduces leaves, at best, 21, 32
 and 40 % for torchvision's ResNet-50, and 15, 25 and 34 % for the pre-activation one (26, 36 and 44 % without); in the
-worst case 25, 37 and 45 %, and 22, 34 and 42 %. The check (AMD EPYC, 2 cores, torch 2.14.1, 00fc624): on 3 to 8 gloo
-ranks, measured all-reduces take 1.20 to 2.10 times as long as predicted, 0.42 to 1.82 in earlier runs.
+worst case 25, 37 and 45 %, and 22, 34 and 42 %. The check (AMD EPYC, 2 cores, torch 2.14.1, 2122789): on 3 to 8 gloo
+ranks, measured collectives take 0.5 to 1.3 times as long as predicted.
 """
 
 import math
