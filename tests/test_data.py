@@ -136,6 +136,54 @@ def test_an_empty_class_folder_is_named(tmp_path):
         data_module(*IMAGES, root, "data.num_classes=3")
 
 
+def test_hidden_files_are_ignored_and_others_that_are_no_images_are_named_once(tmp_path, caplog):
+    root = image_folder(tmp_path)
+    for name in (".git/config.png", ".ipynb_checkpoints/0.png", "__MACOSX/ant/._0.png", "ant/.DS_Store", "ant/._0.png"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"junk")
+    (tmp_path / "train" / "ant" / "wings").mkdir()
+    (tmp_path / "train" / "ant" / "0.png").rename(tmp_path / "train" / "ant" / "wings" / "0.PNG")
+    for name in ("beside.png", "ant/notes.txt", "bee/wings.heic", "bee/license"):
+        (tmp_path / "train" / name).touch()
+    for _ in range(2):
+        data = data_module(*IMAGES, root, "data.num_classes=2", "data.val_fraction=0", "data.shuffle=false")
+    train = tmp_path / "train"
+    assert [record.message.split(": images")[0] for record in caplog.records] == [
+        f"{train}: 1 left out (1 .png), the first is {train}/beside.png",
+        f"{train}: 3 left out (1 .txt, 1 without an extension, 1 .heic), the first is {train}/ant/notes.txt",
+    ]
+    assert data.classes == ["ant", "bee"]
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (8, 3, 16, 16)
+    assert labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path):
+    for name in ("train/0.png", "train/.cache/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(Refusal, match=r"there is no class folder in .*train: images are expected as .*/CLASS/\*.jpg"):
+        data_module(*IMAGES, f"data.root={tmp_path}")
+
+
+def test_an_image_folder_has_the_channels_of_the_network(tmp_path):
+    root = image_folder(tmp_path)
+    gray = data_module(*IMAGES, root, "data.num_classes=2", "data.in_channels=1", "data.mean=[0]", "data.std=[1]")
+    images, labels = next(iter(gray.test_dataloader()))
+    assert images.shape == (8, 1, 16, 16)
+    for label, red in enumerate((0, 60)):
+        luma = (0.299 * red + 0.701 * 10) / 255  # ITU-R 601
+        assert images[labels == label].numpy() == pytest.approx(luma, abs=1 / 255)
+    with pytest.raises(Refusal, match=r"data.in_channels must be 1 \(gray\) or 3 \(RGB\) for image files, got 4"):
+        data_module(*IMAGES, root, "data.num_classes=2", "data.in_channels=4")
+
+
+def test_a_configuration_from_before_in_channels_reads_rgb(tmp_path):
+    image_folder(tmp_path)
+    image, label = datasets.imagefolder(str(tmp_path), num_classes=2).train[0]
+    assert (image.mode, image.size, label) == ("RGB", (40, 30), 0)
+
+
 def test_fake_images_have_the_size_that_was_asked_for():
     data = data_module("data=fake", "data.image_size=24", "data.num_classes=7", "data.source.num_train=40")
     images, labels = next(iter(data.train_dataloader()))

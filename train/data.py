@@ -86,6 +86,7 @@ class ImageData(LightningDataModule):
         self.num_workers = num_workers
         self.shuffle = shuffle
         self.classes: list[str] | None = None
+        self._is_set_up = False
         self.resume_at = (0, 0)  # epoch and batch at which training starts
 
     def check_batch_size(self) -> None:
@@ -102,11 +103,13 @@ class ImageData(LightningDataModule):
             self.source(root=self.root, download=True)
 
     def setup(self, stage: str) -> None:
-        """Open the data sets on this rank.
+        """Open the data sets on this rank, at the first call.
 
         Raises:
             Refusal: files are missing; on every rank that cannot find them.
         """
+        if self._is_set_up:
+            return
         splits = self.source(root=self.root, download=False)
         if self.num_train:
             splits = fewer(splits, self.num_train, VALIDATION_SEED)
@@ -116,6 +119,7 @@ class ImageData(LightningDataModule):
             self.train_set, self.val_set = hold_out(splits, self.val_fraction, VALIDATION_SEED)
         else:
             self.train_set, self.val_set = splits.train, splits.test
+        self._is_set_up = True
 
     def class_names(self) -> list[str]:
         """Return the class names, or the class numbers if the data set has no names."""

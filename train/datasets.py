@@ -1,5 +1,6 @@
 """Data sources: `source(root=, download=)` returns a train and a test data set of (image, label) pairs."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision import datasets
 
 from train.distenv import Refusal
+from train.images import RULE, is_image, note_left_out, reader, search, visible
 
 DIGITS_TEST = 360  # of 1,797
 DIGITS_SPLIT_SEED = 0
@@ -30,11 +32,6 @@ class Splits(NamedTuple):
     test: Dataset
     train_labels: list[int] | None = None
     classes: list[str] | None = None
-
-
-def unreadable(name: str, error: Exception) -> Refusal:
-    """Return a Refusal for an image file that exists but cannot be read."""
-    return Refusal(f"{name} cannot be read ({error}): replace or remove the file")
 
 
 def image_name(dataset: Dataset, index: int) -> str:
@@ -100,36 +97,75 @@ def in_memory(dataset: Any) -> Dataset:
     return TensorDataset(images, torch.as_tensor(dataset.targets))
 
 
-def imagefolder(root: str, download: bool = False, *, num_classes: int) -> Splits:
+class ClassFolders(datasets.ImageFolder):
+    """The images under `root/CLASS/` and the folders in it, found and read by `train.images`.
+
+    Args:
+        root: directory of the class folders.
+        in_channels: 1 for gray images, 3 for RGB.
+
+    Raises:
+        Refusal: there is no class folder, or one has no image.
+    """
+
+    def __init__(self, root: str, in_channels: int) -> None:
+        super().__init__(root, loader=reader(in_channels), is_valid_file=is_image)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the class names, sorted, and their labels."""
+        classes, beside = visible(directory)
+        if not classes:
+            raise Refusal(f"there is no class folder in {directory}: images are expected as {directory}/CLASS/*.jpg")
+        note_left_out(directory, [os.path.join(directory, name) for name in beside], "images belong in a class folder")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: tuple[str, ...] | None = None,
+        is_valid_file: Callable[[str], bool] | None = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        """Return (path, label) of every image; only the first two arguments are used."""
+        found = {name: search(os.path.join(directory, name)) for name in class_to_idx}
+        note_left_out(directory, [path for files in found.values() for path in files.left_out], RULE)
+        for name, files in found.items():
+            if not files.images:
+                raise Refusal(
+                    f"every class folder must hold an image: {os.path.join(directory, name)} has none, add one or "
+                    f"remove the folder ({RULE})"
+                )
+        return [(path, class_to_idx[name]) for name, files in found.items() for path in files.images]
+
+
+def imagefolder(root: str, download: bool = False, *, num_classes: int, in_channels: int = 3) -> Splits:
     """Return the images under `root/train/CLASS/` and `root/val/CLASS/`; the latter are the test set, as for ImageNet.
 
     Raises:
-        Refusal: a directory is missing, or does not have `num_classes` class folders.
+        Refusal: a directory is missing, or does not have `num_classes` class folders; a class folder has no image.
     """
     parts = []
     for part in ("train", "val"):
-        folder = Path(root).resolve() / part
-        if not folder.is_dir():
+        folder = Path(os.path.realpath(root), part)
+        if not os.path.isdir(folder):
             raise Refusal(
                 f"there is no {folder}: images are expected as {folder}/CLASS/*.jpg, name another directory with "
                 "data.root=DIR"
             )
-        try:
-            parts.append(datasets.ImageFolder(str(folder)))
-        except FileNotFoundError as error:
-            raise Refusal(f"every class folder must hold an image: {error}") from error
-    for part in parts:
-        if len(part.classes) != num_classes:
-            raise Refusal(
-                f"data.num_classes is {num_classes} and {part.root} has {len(part.classes)} class folders: "
-                f"set data.num_classes={len(part.classes)}"
-            )
+        parts.append(ClassFolders(str(folder), in_channels))
     for one, other in (parts, parts[::-1]):
         for name in sorted(set(one.classes) - set(other.classes)):
             raise Refusal(
                 f"{other.root} has no class folder {name}, but {one.root} has: give both the same class folders"
             )
-    return Splits(parts[0], parts[1], parts[0].targets, parts[0].classes)
+    train, val = parts
+    if len(train.classes) != num_classes:
+        raise Refusal(
+            f"data.num_classes is {num_classes} and {root} has {len(train.classes)} class folders: "
+            f"set data.num_classes={len(train.classes)}"
+        )
+    return Splits(train, val, train.targets, train.classes)
 
 
 def fake(

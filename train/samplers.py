@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, TensorDataset
 from torchvision.transforms.v2.functional import normalize, to_dtype, to_image
 
-from train.datasets import image_name, unreadable
+from train.datasets import image_name
+from train.images import unreadable
 from train.rng import mix, seeded
 
 
