@@ -19,7 +19,7 @@ from ranks import run_ranks
 from sklearn.datasets import load_digits
 from torch import nn
 
-from train import commands, export
+from train import commands, export, predict
 from train.evaluation import Findings
 from train.norms import batch_norm
 from train.preact_resnet import preact_resnet
@@ -162,6 +162,52 @@ def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
     assert all(label in "0123456789" and 0.1 <= float(probability) <= 1 for _, label, probability in lines)
 
 
+def predicted(trained, *arguments):
+    """Predict with a command that must succeed, and return what it prints."""
+    done = start(["-m", "train.predict", f"checkpoint={trained[0]}/checkpoints/best.ckpt", *arguments], trained[0])
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_bad_file_is_named_and_the_others_are_predicted(trained, tmp_path):
+    good = [tmp_path / "a.png", tmp_path / "z.png"]
+    for path in good:
+        Image.new("L", (8, 8), 100).save(path)
+    (tmp_path / "broken.png").write_bytes(good[0].read_bytes()[:50])
+    (tmp_path / "empty").mkdir()
+    bad = [tmp_path / "nothing.png", tmp_path / "broken.png", tmp_path / "empty"]
+    arguments = [f"checkpoint={trained[0]}/checkpoints/best.ckpt", good[0], *bad, good[1]]
+    done = start(["-m", "train.predict", *map(str, arguments)], tmp_path)
+    assert done.returncode == 1
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(path) for path in good]
+    errors = done.stderr.splitlines()
+    assert errors[0] == f"error: there is no image {bad[0]}: check the name, and its target if it is a link"
+    assert re.fullmatch(rf"error: {bad[1]} cannot be read \(.+\): replace or remove the file", errors[1])
+    assert errors[2].startswith(f"error: there is no image in {bad[2]}: images end in .jpg, ")
+    assert errors[3:] == ["error: not every image could be read, 3 failed: see the lines above"]
+
+
+def test_predict_searches_a_directory_as_the_data_set_does(trained, tmp_path):
+    shown = ["0.png", "a b/1.JPG", "a b/c/2.gif"]
+    for name in [*shown, ".hidden.png", ".git/3.png", "__MACOSX/4.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100).save(tmp_path / name)
+    assert [line.split("\t")[0] for line in predicted(trained, str(tmp_path))] == [
+        f"{tmp_path}/{name}" for name in shown
+    ]
+
+
+def test_predict_takes_any_file_name(trained, tmp_path, monkeypatch, capsys):
+    names = ["a b.png", "a=b.png", "ünï 数.png", "-x.png", "--y=z.png", "./checkpoint=c.png", "line\nbreak.png"]
+    for name in names:
+        Image.new("L", (8, 8), 100).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    predict.predict([f"checkpoint={trained[0]}/checkpoints/best.ckpt", *names])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [*names[:-1], r"line\nbreak.png"]
+    assert len({tuple(line.split("\t")[1:]) for line in lines}) == 1
+
+
 @pytest.mark.parametrize(
     "command, arguments, message",
     [
@@ -175,8 +221,7 @@ def test_predict_prints_label_and_probability_of_each_file(trained, tmp_path):
         ("export", ["checkpoint={last}", "fold=yes"], "fold must be true or false, got yes"),
         ("evaluate", ["checkpoint"], "checkpoint=... is needed"),
         ("predict", ["checkpoint={last}"], "name the image files"),
-        ("predict", ["checkpoint={last}", "nothing.png"], "there is no image nothing.png"),
-        ("predict", ["checkpoint={last}", "broken.ckpt"], "broken.ckpt cannot be read"),
+        ("predict", ["checkpoint={last}", "nothing.png"], "not every image could be read, 1 failed: see the lines"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(command, arguments, message, trained, tmp_path, monkeypatch, capsys):

@@ -244,6 +244,20 @@ def test_a_finished_run_of_averaged_weights_does_not_train_on_from_their_average
         fit(tmp_path, "callbacks=ema", "trainer.max_epochs=2", "resume=auto")
 
 
+@pytest.mark.parametrize(
+    "first, then, message",
+    [
+        ("trainer.max_epochs=2", "trainer.max_epochs=1", "a run of 2 epochs, and trainer.max_epochs may grow .* got 1"),
+        ("+trainer.max_steps=5", "+trainer.max_steps=4", "a run of 5 steps, and trainer.max_steps may grow .* got 4"),
+        ("+trainer.max_steps=5", "+trainer.max_steps=0", "a run of 5 steps, and trainer.max_steps may grow .* got 0"),
+    ],
+)
+def test_a_shorter_run_is_refused(first, then, message, tmp_path):
+    fit(tmp_path, first)
+    with pytest.raises(Refusal, match=message):
+        fit(tmp_path, then, "resume=auto")
+
+
 def test_another_logger_may_join_a_resumed_run(of_two_ranks, tmp_path):
     fit(tmp_path, "logger=default", "trainer.max_epochs=3", f"resume={of_two_ranks}/checkpoints/last.ckpt")
     assert (tmp_path / "tensorboard").is_dir()

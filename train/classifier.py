@@ -1,6 +1,7 @@
 """The LightningModule: gradients and metrics are those of the global batch, however it is split over ranks."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from train import distenv, rng
+from train import distenv, identity, rng, settings
 from train.mixing import Mixing
+from train.mlp import MLP
 
 Batch = tuple[Tensor, Tensor]
 
@@ -108,6 +110,19 @@ class ImageClassifier(LightningModule):
         """Return the logits."""
         return self.network(images.to(memory_format=self.memory_format))
 
+    def setup(self, stage: str) -> None:
+        """Refuse a data set with other classes than the network, before the first step."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None and stage == "fit":
+            settings.check_labels(data)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Refuse images and labels that the network lacks, on the host, where this costs no wait."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None:
+            settings.check_batch(*batch, data, has_fixed_size=self.trainer.training or isinstance(self.network, MLP))
+        return batch
+
     def on_train_start(self) -> None:
         """Seed every rank differently, for dropout; the initial weights were drawn with the same seed on all ranks."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -176,19 +191,26 @@ class ImageClassifier(LightningModule):
         if self.make_scheduler is None:
             return {"optimizer": optimizer}
         self.trainer.fit_loop.setup_data()  # Lightning does this later if max_steps limits the run
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        # without a limit only schedules that do not depend on it have passed `settings.check_launch`
+        total_steps = int(min(self.trainer.estimated_stepping_batches, sys.maxsize))
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         scheduler = self.make_scheduler(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the configuration, the class names, and the sums of the epoch so far."""
+        """Save the configuration, the identity of the data, and the sums of the epoch so far."""
         checkpoint["config"] = self.config
-        checkpoint["classes"] = self.trainer.datamodule.class_names()  # type: ignore[attr-defined]
+        checkpoint |= identity.of(self.trainer.datamodule)  # type: ignore[attr-defined]
         checkpoint["train_tally"] = [getattr(self.train_tally, name).cpu() for name in Tally.names]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums of the epoch so far."""
+        """Restore the sums of the epoch so far.
+
+        Raises:
+            Refusal: the run had other training data.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        identity.check_unchanged(self.trainer.ckpt_path, checkpoint, data)
         self.train_tally.reset()
         self.train_tally.update(*checkpoint["train_tally"])
 

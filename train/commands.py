@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, resume, run, settings
+from train import distenv, identity, resume, run, settings, trust
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
@@ -33,10 +32,12 @@ def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
         overrides: `key=value` overrides of the configuration in the checkpoint.
 
     Raises:
-        Refusal: the file is not a valid checkpoint, or a key is not in its configuration.
+        Refusal: the file is not a valid checkpoint or names something that `train.trust` does not list, or a key is not
+            in its configuration.
     """
     distenv.register_resolvers()
     checkpoint = resume.load(path)
+    trust.check(path, checkpoint["config"])
     config: Any = OmegaConf.create(checkpoint["config"])
     for override in overrides:
         key, _, _ = override.partition("=")
@@ -46,21 +47,28 @@ def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
     config.compile = False
     settings.check(config)
     model, data = run.build_model(config)
+    classes = checkpoint.get("classes") or data.class_names()
+    identity.check_number(classes, data.num_classes)
     resume.check_weights(path, checkpoint, model.network)
     model.load_state_dict(checkpoint["state_dict"])
     model.eval()
-    classes = checkpoint.get("classes") or [str(label) for label in range(data.num_classes)]
     return Run(config, model, data, classes)
 
 
 def trainer_for(config: DictConfig, callbacks: list[Callback]) -> Trainer:
-    """Return a Trainer with the configured devices and limits, without loggers and checkpoints."""
-    return instantiate(
+    """Return a Trainer with the configured devices and limits, without loggers, checkpoints and profile.
+
+    Raises:
+        Refusal: the devices contradict the launcher; on every rank.
+    """
+    settings.check_processes(config, "train.evaluate")
+    return run.instantiate(
         config.trainer,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        profiler=None,
         precision="64-true" if str(config.trainer.precision).startswith("64") else "32-true",
     )
 
@@ -81,13 +89,20 @@ def options(arguments: Sequence[str], defaults: dict[str, str | None]) -> tuple[
 
 
 def main(command: Callable[[list[str]], None], help: str | None) -> None:
-    """Run a command with this process's arguments; a user error prints one sentence and exits with code 1."""
+    """Run a command with this process's arguments; a user error prints one sentence and exits with code 1.
+
+    `trust=true` is an option of every command.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help)
+        print(f"{help}\n{trust.OPTION}")
         return
     run.quiet()
     try:
-        command(sys.argv[1:])
+        own, arguments = options(sys.argv[1:], {"trust": "false"})
+        if own["trust"] not in ("true", "false"):
+            raise Refusal(f"trust must be true or false, got {own['trust']}")
+        with trust.everything(own["trust"] == "true"):
+            command(arguments)
     except (Exception, OmegaConfBaseException) as error:
         sentence = run.refusal_in(error)
         if sentence is None:

@@ -2,6 +2,7 @@
 
 The correct and total counts are the same integers for every number of ranks and every batch size, and equal those that
 training printed for the same weights. Any value of the run's configuration can be overridden, such as data.root=DIR.
+Classes of other data are matched by name: they may be some of the run's, and the others then have a total of 0.
 
     python -m train.evaluate checkpoint=outputs/RUN/checkpoints/best.ckpt
     torchrun --standalone --nproc-per-node=4 -m train.evaluate checkpoint=outputs/RUN/checkpoints/last.ckpt
@@ -13,8 +14,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from train import commands, pictures
+from train import commands, identity, images, pictures
 from train.evaluation import Findings
 from train.stop import StopsTests
 
@@ -24,6 +26,7 @@ def evaluate(arguments: list[str]) -> None:
     own, overrides = commands.options(arguments, {"checkpoint": None, "output": ""})
     path = Path(own["checkpoint"])
     config, model, data, classes = commands.from_checkpoint(path, overrides)
+    identity.match(data, classes)
     findings = Findings(data.num_classes)
     trainer = commands.trainer_for(config, [findings, StopsTests()])
     trainer.test(model, datamodule=data, verbose=False)
@@ -46,12 +49,12 @@ def evaluate(arguments: list[str]) -> None:
         for name, (correct, total) in zip(classes, findings.per_class(), strict=True)
     ]
     (output / "evaluation.json").write_text(json.dumps({**figures, "per_class": per_class}, indent=2) + "\n")
-    pictures.draw_confusion(findings.confusion, classes, output / "confusion.png")
-    pictures.draw_mistakes(findings.mistakes, classes, data.collate.mean, data.collate.std, output / "mistakes.png")
+    pictures.draw_test(findings, classes, data.collate, output)
     table = Table("class", "correct", "total", "accuracy", title="test")
     for row in per_class:
-        total = row["total"]
-        table.add_row(row["class"], str(row["correct"]), str(total), f"{row['correct'] / total:.4f}" if total else "-")
+        correct, total = row["correct"], row["total"]
+        accuracy = f"{correct / total:.4f}" if total else "-"
+        table.add_row(Text(images.printable(row["class"])), str(correct), str(total), accuracy)
     Console().print(table)
     print(f"pictures: {output}")
     print("RESULT", *(f"{name}={_text(value)}" for name, value in figures.items()), flush=True)

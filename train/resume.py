@@ -85,12 +85,14 @@ def check(
                 f"{path} cannot be continued exactly: {key} was {before.get(key)} and is {now.get(key)}; "
                 "restore the old value, or start a new run"
             )
+    for name in ("max_epochs", "max_steps"):
+        limit_before, limit = (values.get(f"trainer.{name}", -1) for values in (before, now))
+        if 0 <= limit < limit_before:
+            raise Refusal(
+                f"{path} is of a run of {limit_before} {name[4:]}, and trainer.{name} may grow but not shrink, got "
+                f"{limit}: its learning rates would have been different"
+            )
     epochs_before, epochs = before["trainer.max_epochs"], now["trainer.max_epochs"]
-    if 0 <= epochs < epochs_before:
-        raise Refusal(
-            f"{path} is of a run of {epochs_before} epochs, and trainer.max_epochs may grow but not shrink, got "
-            f"{epochs}: its learning rates would have been different"
-        )
     if snapshot["batch_idx"] is None and config.callbacks.get("ema") and epochs != epochs_before:
         raise Refusal(
             f"{path} is of a finished run whose weights have become their average: it cannot train for {epochs} "
