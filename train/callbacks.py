@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from train import pictures
 from train.pictures import draw_curves
 
 SECONDS_BETWEEN_FIGURES = 0.5
@@ -175,15 +176,17 @@ class History(Callback):
             self.rates.append((done, trainer.optimizers[0].param_groups[0]["lr"]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record and log the metrics of the epoch."""
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **_epoch_figures(trainer)})
+        """Record and log the metrics of the epoch; those of its first part, if a run ended there, are replaced."""
+        epoch = trainer.current_epoch + 1
+        self.epochs = [row for row in self.epochs if row["epoch"] != epoch]
+        self.epochs.append({"epoch": epoch, **_epoch_figures(trainer)})
         if trainer.is_global_zero:
             log.info(_epoch_line(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves, on rank 0."""
         if trainer.is_global_zero and self.epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            draw_curves(self.epochs, self.rates, self.directory / "curves.png")
+            pictures.attempt(draw_curves, self.epochs, self.rates, self.directory / "curves.png")
 
 
 def _epoch_figures(trainer: Trainer) -> dict[str, float]:
@@ -193,7 +196,8 @@ def _epoch_figures(trainer: Trainer) -> dict[str, float]:
 
 def _epoch_line(trainer: Trainer) -> str:
     figures = [f"{name} {value:.4g}" for name, value in _epoch_figures(trainer).items()]
-    return "  ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *figures])
+    of = "" if trainer.max_epochs == -1 else f"/{trainer.max_epochs}"
+    return "  ".join([f"epoch {trainer.current_epoch + 1}{of}", *figures])
 
 
 def _finish(trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from torch import Tensor
 
 from train import distenv, rng
@@ -34,6 +34,10 @@ class Snapshots(Checkpoint):
     - when training is over,
     - on SIGTERM or SIGINT, where all ranks stop after the same step.
 
+    A run that has ended stays ended when it is resumed: by its limit of epochs, steps or time until that limit is
+    raised, by a callback such as early stopping until the settings of such callbacks change. A run that ended within an
+    epoch then continues with its next batch.
+
     A loss that is not finite ends the run on every rank; the error names the step and the last good snapshot. A
     snapshot with a parameter that is not finite is never written.
 
@@ -48,6 +52,7 @@ class Snapshots(Checkpoint):
         self._signals = StopSignals()
         self._sums: deque[tuple[int, Tensor, Any]] = deque()
         self._stop = False  # True on all ranks once one was asked to stop
+        self._ends = False  # a callback has ended the run, which waits for the end of the optimizer step
         self._resumed: dict[str, Any] | None = None
         self._saving: dict[str, Any] | None = None
         self._saved_step: int | None = None
@@ -76,6 +81,11 @@ class Snapshots(Checkpoint):
         pl_module.stop_requested = self._signals.received is not None
         self._sums.append((trainer.global_step, *_to_host(pl_module.step_sums)))
         self._look(0 if pl_module.device.type == "cpu" else STEPS_BEHIND)
+        self._end_after_a_step(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a run that early stopping has ended finish the optimizer step."""
+        self._end_after_a_step(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop a validation at once: the snapshot from before the epoch's last batch exists."""
@@ -85,7 +95,8 @@ class Snapshots(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last snapshot."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save(trainer, pl_module, None)
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            self._save(trainer, pl_module, done if 0 < done < trainer.num_training_batches else None, is_end=True)
         if self._signals.received is not None:
             self._leave(trainer)
 
@@ -103,16 +114,25 @@ class Snapshots(Checkpoint):
             return  # the best checkpoint is for evaluation only
         checkpoint["snapshot"] = self._saving
         if self._saving["batch_idx"] is not None:
-            _take_back_the_batch(checkpoint["loops"]["fit_loop"])
+            checkpoint["epoch"] = _take_back_the_batch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set where the data module starts; the rest is restored at the first batch."""
         self._resumed = checkpoint["snapshot"]
         self._saved_step = checkpoint["global_step"]
+        config: Any = pl_module.config
+        if self._resumed.get("was_stopped") and _stoppers(checkpoint["config"]) == _stoppers(config):
+            trainer.should_stop = True
+        _keep_patience(trainer, checkpoint["callbacks"])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.resume_at = (checkpoint["epoch"], self._resumed["batch_idx"] or 0)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None) -> None:
+    def _end_after_a_step(self, trainer: Trainer) -> None:
+        """Postpone the end of a run to the end of an optimizer step: a checkpoint has no accumulated gradients."""
+        self._ends = self._ends or trainer.should_stop
+        trainer.should_stop = self._ends and not trainer.fit_loop.epoch_loop._should_accumulate()
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None, is_end: bool = False) -> None:
         self._look(0)
         if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
             raise Refusal(self._not_finite("a parameter", trainer.global_step))
@@ -120,6 +140,8 @@ class Snapshots(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         self._saving = {
             "batch_idx": batch_idx,
+            "is_end": is_end,
+            "was_stopped": is_end and trainer.should_stop and not _is_out_of_time(trainer),
             "batches_that_stepped": loop._batches_that_stepped,
             "world_size": trainer.world_size,
             "local_world_size": distenv.local_world_size(),
@@ -145,6 +167,11 @@ class Snapshots(Checkpoint):
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._resumed is not None
         resumed, self._resumed = self._resumed, None
+        if resumed.get("is_end") and _averages(trainer):
+            raise Refusal(
+                f"{trainer.ckpt_path} is of a finished run whose weights have become their average: it cannot train "
+                "on, start a new run"
+            )
         # Lightning counts one step too many when it restarts at the first batch of an epoch
         trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["batches_that_stepped"]
         if resumed["world_size"] != trainer.world_size:
@@ -177,12 +204,37 @@ class Snapshots(Checkpoint):
         )
 
 
-def _take_back_the_batch(fit_loop: dict[str, Any]) -> None:
-    """Set the loops' progress back to between two batches: Lightning has already counted the next batch."""
+def _take_back_the_batch(fit_loop: dict[str, Any]) -> int:
+    """Set the loops' progress back to between two batches, and return the epoch.
+
+    Lightning has already counted the next batch, or the epoch if the run ended within it.
+    """
     progress = fit_loop["epoch_loop.batch_progress"]
     progress["is_last_batch"] = False
     for count in (progress["current"], progress["total"]):
         count["ready"] = count["completed"]
+    for count in (fit_loop["epoch_progress"]["current"], fit_loop["epoch_progress"]["total"]):
+        count["processed"] = count["completed"] = count["started"] - 1
+    return fit_loop["epoch_progress"]["current"]["processed"]
+
+
+def _stoppers(config: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of the callbacks that may end a run: all but the trainer's own."""
+    callbacks = (config or {}).get("callbacks") or {}
+    return {name: own for name, own in callbacks.items() if own and not own["_target_"].startswith("train.")}
+
+
+def _is_out_of_time(trainer: Trainer) -> bool:
+    """Return whether `trainer.max_time` has ended the run; its timer checks this again when the run is resumed."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return any(left is not None and left <= 0 for left in (timer.time_remaining() for timer in timers))
+
+
+def _keep_patience(trainer: Trainer, states: dict[str, Any]) -> None:
+    """Replace the patience in the states of early stopping, which would undo a change of the configuration."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            states[callback.state_key]["patience"] = callback.patience
 
 
 def _to_host(tensor: Tensor) -> tuple[Tensor, Any]:
@@ -204,8 +256,12 @@ def _gather(value: Any, trainer: Trainer) -> list[Any]:
 
 def _buffers(trainer: Trainer, pl_module: LightningModule) -> list[Tensor]:
     """Return the buffers of the model and of its averaged copies."""
-    averages = [callback.average for callback in trainer.callbacks if hasattr(callback, "average")]  # type: ignore[attr-defined]
-    return [buffer for module in [pl_module, *averages] for buffer in module.buffers()]
+    return [buffer for module in [pl_module, *_averages(trainer)] for buffer in module.buffers()]
+
+
+def _averages(trainer: Trainer) -> list[Any]:
+    """Return the averaged copies of the model."""
+    return [callback.average for callback in trainer.callbacks if hasattr(callback, "average")]  # type: ignore[attr-defined]
 
 
 def _differing_buffers(trainer: Trainer, pl_module: LightningModule) -> list[list[Tensor]] | None:
