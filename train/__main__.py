@@ -3,31 +3,60 @@
 import contextlib
 import io
 import sys
+import traceback
+from typing import TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
-from train import distenv
+from train import distenv, errors
+
+failed_jobs: list[str] = []  # of the sweep in this process
 
 
 @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
 def task(config: DictConfig) -> float:
-    """Train once and return the test accuracy, the objective of a Hydra sweep."""
+    """Train once and return the test accuracy, the objective of a Hydra sweep; NaN for a job that failed in one."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     from train import run
 
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_sweep:
         config.run_dir = HydraConfig.get().runtime.output_dir  # one directory per job of the sweep
+    if HydraConfig.get().job.chdir:
+        _anchor_paths(config)
     try:
         metrics = run.fit(config)
     except Exception as error:
-        refusal = run.refusal_in(error)
+        refusal = errors.refusal_in(error)
+        if is_sweep:
+            return _record_failure(refusal)
         if refusal is None:
             raise
         distenv.leave(refusal)
     return metrics.get("test_accuracy", float("nan"))
+
+
+def _anchor_paths(config: DictConfig) -> None:
+    """Make relative paths absolute before Hydra's change of directory would redirect them."""
+    config.run_dir = to_absolute_path(config.run_dir)
+    if config.resume not in (None, "auto"):
+        config.resume = to_absolute_path(config.resume)
+    if config.data.get("root") is not None:
+        config.data.root = to_absolute_path(config.data.root)
+
+
+def _record_failure(refusal: str | None) -> float:
+    """Report a job of a sweep that failed, in the handler of its error, and return its objective."""
+    hydra_config = HydraConfig.get()
+    failed_jobs.append(f"{hydra_config.job.num} ({' '.join(hydra_config.overrides.task)})")
+    if refusal is None:
+        traceback.print_exc()
+    print(f"job {failed_jobs[-1]} failed: {refusal or 'see above'}; the sweep goes on", file=sys.stderr, flush=True)
+    return float("nan")
 
 
 def main() -> None:
@@ -35,18 +64,31 @@ def main() -> None:
     distenv.register_resolvers()
     distenv.refuse_multirun(sys.argv[1:])
     distenv.refuse_slurm_tasks()
+    arguments = sys.argv[1:]
     if distenv.rank() == 0:
-        task()
+        _task_with_explained_errors(arguments, sys.stdout)
+        if failed_jobs:
+            sys.exit(f"error: {len(failed_jobs)} job(s) of the sweep failed: {', '.join(failed_jobs)}")
         return
     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    _task_with_explained_errors(arguments, io.StringIO())
+
+
+def _task_with_explained_errors(arguments: list[str], stdout: TextIO) -> None:
+    """Run the task; what Hydra writes to stderr before it starts is held back, and explained if Hydra exits."""
     held_back = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(held_back), contextlib.redirect_stdout(io.StringIO()):
+    error = None
+    with contextlib.redirect_stderr(held_back), contextlib.redirect_stdout(stdout):
+        try:
             task()
-    except SystemExit as exit:
-        if held_back.getvalue():
-            distenv.leave(held_back.getvalue())
-        raise exit
+        except SystemExit as exit:
+            error = exit
+        has_begun = sys.stderr is not held_back
+    if error is not None and error.code == 1 and not has_begun and held_back.getvalue():
+        distenv.leave(errors.explain(held_back.getvalue(), arguments))
+    print(held_back.getvalue(), end="", file=sys.stderr)
+    if error is not None:
+        raise error
 
 
 if __name__ == "__main__":

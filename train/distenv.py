@@ -156,6 +156,12 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
 
 
+def torchrun(ranks: int, nodes: int = 1, module: str = "train") -> str:
+    """Return the start of the command that runs a module on so many ranks of each node."""
+    where = "--standalone" if nodes == 1 else f"--nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
+    return f"torchrun {where} --nproc-per-node={ranks} -m {module}"
+
+
 def refuse_multirun(arguments: list[str]) -> None:
     """Exit if Hydra's multirun is requested on several ranks: each rank would run the whole sweep."""
     if world_size() > 1 and {"-m", "--multirun"} & set(arguments):

@@ -1,18 +1,52 @@
-"""The pictures of a report: curves over the epochs, the confusion matrix, the most confident mistakes."""
+"""The pictures of a report: curves over the epochs, the confusion matrix, the most confident mistakes.
 
-from collections.abc import Mapping, Sequence
+Names of classes are drawn as they are: matplotlib would take `$` for the start of a formula.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from train.evaluation import Mistake
+from train.evaluation import Findings, Mistake
+from train.samplers import Collate
 
 TRAIN, VAL, RATE, SPEED = "#4477AA", "#EE6677", "#228833", "#AA3377"  # Paul Tol's bright palette, colour-blind safe
 FEW_CLASSES = 25  # up to this number, a confusion matrix shows names and counts
 COLUMNS = 5
+
+log = logging.getLogger(__name__)
+
+
+def attempt(draw: Callable[..., None], *arguments: Any) -> None:
+    """Draw a picture, or log a warning if that fails: the results of a run matter more.
+
+    Args:
+        draw: a function of this module.
+        arguments: its arguments, of which the last is the file to write.
+    """
+    try:
+        draw(*arguments)
+    except Exception as error:
+        log.warning(f"{arguments[-1]} could not be drawn ({type(error).__name__}: {error})")
+
+
+def draw_test(findings: Findings, names: Sequence[str], collate: Collate, directory: Path) -> None:
+    """Draw the confusion matrix and the mistakes of a test.
+
+    Args:
+        names: of the classes.
+        collate: has normalized the images, with its mean and std.
+        directory: where the files are written.
+    """
+    mean, std = collate.mean, collate.std
+    attempt(draw_confusion, findings.confusion, names, directory / "confusion.png")
+    attempt(draw_mistakes, findings.mistakes, names, mean, std, directory / "mistakes.png")
 
 
 def draw_curves(epochs: Sequence[Mapping[str, float]], rates: Sequence[tuple[float, float]], path: Path) -> None:
@@ -62,12 +96,12 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's images")
     axes.set(title="Confusion", xlabel="predicted", ylabel="label")
     if len(names) <= FEW_CLASSES:
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), names, parse_math=False)
         if max(map(len, names)) > 2:
             axes.tick_params(axis="x", rotation=45)
             for label in axes.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
         for row, column in zip(*counts.nonzero(), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
@@ -86,7 +120,9 @@ def draw_mistakes(
         pixels = mistake.image.float().permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
         axes.imshow(pixels.clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(
-            f"{names[mistake.label]}, taken for\n{names[mistake.predicted]} ({mistake.probability:.0%})", fontsize=9
+            f"{names[mistake.label]}, taken for\n{names[mistake.predicted]} ({mistake.probability:.0%})",
+            fontsize=9,
+            parse_math=False,
         )
     figure.savefig(path, dpi=120, bbox_inches="tight")
 

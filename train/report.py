@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 PICTURES = {
     "curves.png": "loss, accuracy, learning rate and throughput over the epochs",
@@ -83,15 +84,19 @@ def write_report(
 
 
 def _markdown_table(rows: Mapping[str, object]) -> str:
-    lines = [f"| {name.replace('_', ' ')} | {_text(value)} |" for name, value in rows.items()]
+    lines = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _cell(value: object) -> str:
+    return _text(value).replace("|", "\\|")
 
 
 def print_table(figures: Mapping[str, object]) -> None:
     """Print the figures as a table."""
     table = Table(title="result", show_header=False)
     for name, value in figures.items():
-        table.add_row(name.replace("_", " "), _text(value))
+        table.add_row(name.replace("_", " "), Text(_text(value)))  # a string would be read as markup
     Console().print(table)
 
 

@@ -1,11 +1,11 @@
 """One run from a configuration: seed, build, fit, test, report."""
 
-import errno
 import logging
-import os
+import math
 import shlex
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,26 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import instantiate as hydra_instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, pictures, report, resume, settings
+from train import distenv, identity, pictures, report, resume, settings
+from train.best import Best
 from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
+from train.errors import refusal_in as refusal_in
 from train.evaluation import Findings
 from train.norms import Norm
 from train.plugins import AtomicFiles
 from train.stop import StopsTests
 from train.timing import TimeShares
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-
 log = logging.getLogger(__name__)
+instantiate = partial(hydra_instantiate, _convert_="all")  # constructors get lists and dicts
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
@@ -70,7 +68,7 @@ def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
 def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
     """Return the trainer, the untrained model and the data of a configuration; every rank calls it."""
     settings.check(config)
-    settings.check_devices(config)
+    settings.check_launch(config)
     model, data = build_model(config)
     data.check_batch_size()
     sync = instantiate(config.norm).sync
@@ -100,6 +98,8 @@ def fit(config: DictConfig) -> dict[str, float]:
     """
     quiet()
     directory = Path(config.run_dir)
+    settings.check(config)
+    settings.check_keys(config)
     seed_everything(config.seed, workers=True, verbose=False)
     norm: Norm = instantiate(config.norm)
     norm.check(config.trainer.accelerator)
@@ -108,6 +108,9 @@ def fit(config: DictConfig) -> dict[str, float]:
     if path is not None:
         checkpoint = resume.load(path)
         resume.check(path, checkpoint, config, norm, model.network, data.global_batch_size)
+        if not data.download:  # then only Lightning knows when the files are there
+            data.setup("fit")
+            identity.check_unchanged(path, checkpoint, data)
         for logger in trainer.loggers:
             state = checkpoint["snapshot"]["loggers"].get(type(logger).__name__)
             if state is not None and hasattr(logger, "resume"):
@@ -123,7 +126,8 @@ def fit(config: DictConfig) -> dict[str, float]:
     trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True if path else None)
     seconds = time.perf_counter() - start
     metrics = _last_epoch(trainer)
-    epochs = trainer.current_epoch
+    if path is not None and trainer.global_step == checkpoint["global_step"] and trainer.is_global_zero:
+        _say("the run has ended before and is only tested again: to continue it, raise the limit that ended it")
     if config.test_checkpoint != "last":
         model.load_state_dict(resume.load(_best_checkpoint(trainer))["state_dict"])
     findings = Findings(data.num_classes)
@@ -131,43 +135,15 @@ def fit(config: DictConfig) -> dict[str, float]:
     trainer.test(model, datamodule=data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        figures = _figures(config, trainer, metrics, epochs, seconds)
-        classes = data.class_names()
-        pictures.draw_confusion(findings.confusion, classes, directory / "confusion.png")
-        pictures.draw_mistakes(
-            findings.mistakes, classes, data.collate.mean, data.collate.std, directory / "mistakes.png"
-        )
-        path = report.write_report(
-            directory, figures, _command(), report.environment(trainer), OmegaConf.to_yaml(config)
-        )
+        figures = _figures(config, trainer, metrics, seconds)
+        record = (directory, figures, _command(), report.environment(trainer), OmegaConf.to_yaml(config))
+        report.write_report(*record)
+        pictures.draw_test(findings, data.class_names(), data.collate, directory)
+        path = report.write_report(*record)  # with the pictures
         report.print_table(figures)
         print(f"report: {path}")
         _say(report.result_line(figures))
     return metrics
-
-
-def refusal_in(error: BaseException) -> str | None:
-    """Return a sentence for the user if an error, or one of its causes, needs no traceback; otherwise None.
-
-    With HYDRA_FULL_ERROR=1 every error shows its traceback.
-    """
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return None
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, Refusal):
-            return str(cause).split("Refusal: ")[-1].strip()  # a DataLoader worker prepends its traceback
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        where = f"{error.filename} " if error.filename else "a file of the run "
-        return f"{where}cannot be written ({error.strerror}): make space or name another directory with run_dir=DIR"
-    if "more than 1 value per channel" in str(error):
-        return f"{' '.join(str(error).split())}; if an epoch's last batch is too small, change data.global_batch_size"
-    if distenv.world_size() > 1 and any(sign in str(error) for sign in PEER_IS_GONE):
-        return "another rank has ended, and this one cannot continue without it: see the error of that rank"
-    if isinstance(error, InstantiationException | OmegaConfBaseException):
-        return " ".join(str(error).split())
-    return None
 
 
 def quiet() -> None:
@@ -180,6 +156,7 @@ def quiet() -> None:
     for message in (
         *(".*does not have many workers.*", ".*sync_dist=True.*", ".*LeafSpec.*", ".*logging interval.*"),
         *(".*dataloader is not resumable.*", ".*exists and is not empty.*"),  # `Snapshots` handles both
+        ".*overridden `on_before_batch_transfer`.*",  # `ImageClassifier` checks every batch there
         *(".*weights.only.*", ".*checkpoint was not created with WeightAveraging.*"),
     ):
         warnings.filterwarnings("ignore", message)
@@ -208,10 +185,13 @@ def _callbacks(trainer: Trainer, kind: type) -> list[Any]:
 
 
 def _best_checkpoint(trainer: Trainer) -> Path:
-    """Return the checkpoint with the best validation accuracy."""
-    best = [callback.best_model_path for callback in _callbacks(trainer, ModelCheckpoint) if callback.monitor]
-    if not any(best):
-        raise Refusal("test_checkpoint=best needs a validated checkpoint: use callbacks=default and validate an epoch")
+    """Return the checkpoint with the best validation accuracy, or the best value of another metric."""
+    best = [callback.best_model_path for callback in _callbacks(trainer, Best) if callback.best_model_path]
+    if not best:
+        raise Refusal(
+            "test_checkpoint=best needs a validation, and the run ended before its first one: test the last weights "
+            "with resume=auto test_checkpoint=last"
+        )
     return Path(best[0])
 
 
@@ -222,9 +202,14 @@ def _headline(config: DictConfig, trainer: Trainer, data: ImageData) -> str:
     return f"{config.run_dir}: {ranks}, global batch {data.global_batch_size} = {trainer.world_size} x {per_rank:g}"
 
 
-def _figures(
-    config: DictConfig, trainer: Trainer, metrics: dict[str, float], epochs: int, seconds: float
-) -> dict[str, Any]:
+def _epochs(trainer: Trainer) -> int:
+    """Return the number of epochs that have begun; Lightning's differs for a run that ended within one."""
+    if not trainer.global_step:
+        return 0
+    return math.ceil(trainer.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+
+
+def _figures(config: DictConfig, trainer: Trainer, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
     times = [
         *((name, getattr(clock, name)) for clock in _callbacks(trainer, Throughput) for name in clock.figures),
         *((name, share) for clock in _callbacks(trainer, TimeShares) for name, share in clock.shares.items()),
@@ -237,7 +222,7 @@ def _figures(
         "test_loss": metrics["test_loss"],
         "tested_weights": config.test_checkpoint,
         **{name: metrics[name] for name in ("val_accuracy", "train_accuracy", "train_loss") if name in metrics},
-        "epochs": epochs,
+        "epochs": _epochs(trainer),
         "fit_seconds": seconds,
         **dict(times),
         "world_size": trainer.world_size,
