@@ -7,7 +7,7 @@ import torch
 from hydra.errors import InstantiationException, MissingConfigException
 
 import conf
-from train import run
+from train import errors, run
 
 ROOT = Path(conf.__file__).parent
 GROUPS = (
@@ -65,12 +65,12 @@ def test_an_unknown_choice_names_the_choices():
 def test_a_value_that_a_constructor_refuses_is_said_in_one_line(monkeypatch):
     with pytest.raises(InstantiationException) as caught:
         run.build(run.compose(["model.depth=19", "run_name=x"]))
-    sentence = run.refusal_in(caught.value)
+    sentence = errors.refusal_in(caught.value)
     assert "depth must be one of [18, 20, 34, 50, 56, 101, 110, 152, 164, 200], got 19" in sentence
     assert "\n" not in sentence
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    assert run.refusal_in(caught.value) is None
+    assert errors.refusal_in(caught.value) is None
 
 
 def test_an_error_of_the_program_is_not_taken_for_one_of_the_user():
-    assert run.refusal_in(KeyError("x")) is None
+    assert errors.refusal_in(KeyError("x")) is None

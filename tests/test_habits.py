@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from test_conf import CHOICES
 from torch.utils.data import Subset, TensorDataset
 
-from train import distenv, errors, pictures, report, run, settings
+from train import data_checks, distenv, errors, pictures, report, run, settings
 from train.data import ImageData
 from train.distenv import Refusal
 from train.evaluation import Mistake
@@ -206,11 +206,11 @@ def labelled(*labels):
 def test_the_labels_of_every_part_are_checked_before_training(part, dataset, remedy):
     parts = {name: labelled(0, 1, 2) for name in ("train_set", "val_set", "test_set")}
     data = SimpleNamespace(num_classes=3, classes=None, **parts)
-    settings.check_labels(data)
+    data_checks.check_labels(data)
     with pytest.raises(Refusal, match=f"data.num_classes is 3, so labels must be 0 to 2, .*{remedy}"):
-        settings.check_labels(SimpleNamespace(**vars(data) | {part: dataset}))
+        data_checks.check_labels(SimpleNamespace(**vars(data) | {part: dataset}))
     with pytest.raises(Refusal, match=r"the data set has 2 classes: set data.num_classes=2"):
-        settings.check_labels(SimpleNamespace(**vars(data) | {"classes": ["a", "b"]}))
+        data_checks.check_labels(SimpleNamespace(**vars(data) | {"classes": ["a", "b"]}))
 
 
 def test_constructors_get_lists_and_dicts(monkeypatch):

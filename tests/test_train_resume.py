@@ -258,6 +258,23 @@ def test_a_shorter_run_is_refused(first, then, message, tmp_path):
         fit(tmp_path, then, "resume=auto")
 
 
+@pytest.mark.parametrize("validated", [1, 0])
+@pytest.mark.parametrize("first, every", [(7, 1), (8, 1), (9, 1), (16, 1), (4, 2), (5, 2)])
+def test_a_raised_limit_of_steps_continues_also_from_the_end_of_an_epoch(first, every, validated, tmp_path):
+    more = [
+        "trainer.max_epochs=-1",
+        f"trainer.accumulate_grad_batches={every}",
+        f"trainer.limit_val_batches={validated}",
+    ]
+    fit(tmp_path / "one", *more, "+trainer.max_steps=18")
+    fit(tmp_path / "two", *more, f"+trainer.max_steps={first}")
+    fit(tmp_path / "two", *more, "+trainer.max_steps=18", "resume=auto")
+    one, two = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("one", "two"))
+    assert one["global_step"] == two["global_step"] == 18
+    for name in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_identical(one[name], two[name])
+
+
 def test_another_logger_may_join_a_resumed_run(of_two_ranks, tmp_path):
     fit(tmp_path, "logger=default", "trainer.max_epochs=3", f"resume={of_two_ranks}/checkpoints/last.ckpt")
     assert (tmp_path / "tensorboard").is_dir()

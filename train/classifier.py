@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from train import distenv, identity, rng, settings
+from train import data_checks, distenv, identity, rng
 from train.mixing import Mixing
-from train.mlp import MLP
 
 Batch = tuple[Tensor, Tensor]
 
@@ -114,13 +113,14 @@ class ImageClassifier(LightningModule):
         """Refuse a data set with other classes than the network, before the first step."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and stage == "fit":
-            settings.check_labels(data)
+            data_checks.check_labels(data)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse images and labels that the network lacks, on the host, where this costs no wait."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
-            settings.check_batch(*batch, data, has_fixed_size=self.trainer.training or isinstance(self.network, MLP))
+            has_fixed_size = self.trainer.training or getattr(self.network, "has_fixed_size", False)
+            data_checks.check_batch(*batch, data, has_fixed_size)
         return batch
 
     def on_train_start(self) -> None:

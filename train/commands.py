@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, identity, resume, run, settings, trust
+from train import distenv, errors, identity, resume, run, settings, trust
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
@@ -104,7 +104,7 @@ def main(command: Callable[[list[str]], None], help: str | None) -> None:
         with trust.everything(own["trust"] == "true"):
             command(arguments)
     except (Exception, OmegaConfBaseException) as error:
-        sentence = run.refusal_in(error)
+        sentence = errors.refusal_in(error)
         if sentence is None:
             traceback.print_exc()
             sys.exit(1)

@@ -21,6 +21,8 @@ class MLP(nn.Module):
         init_std: standard deviation of the initial weights; He initialization by default.
     """
 
+    has_fixed_size = True  # of its input, also in evaluation
+
     def __init__(
         self,
         norm_layer: NormFactory,

@@ -24,7 +24,6 @@ from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
-from train.errors import refusal_in as refusal_in
 from train.evaluation import Findings
 from train.norms import Norm
 from train.plugins import AtomicFiles

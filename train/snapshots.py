@@ -124,6 +124,8 @@ class Snapshots(Checkpoint):
         if self._resumed.get("was_stopped") and _stoppers(checkpoint["config"]) == _stoppers(config):
             trainer.should_stop = True
         _keep_patience(trainer, checkpoint["callbacks"])
+        if self._resumed["batch_idx"] is None:
+            _forget_the_epoch(checkpoint["loops"]["fit_loop"])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.resume_at = (checkpoint["epoch"], self._resumed["batch_idx"] or 0)
 
@@ -216,6 +218,13 @@ def _take_back_the_batch(fit_loop: dict[str, Any]) -> int:
     for count in (fit_loop["epoch_progress"]["current"], fit_loop["epoch_progress"]["total"]):
         count["processed"] = count["completed"] = count["started"] - 1
     return fit_loop["epoch_progress"]["current"]["processed"]
+
+
+def _forget_the_epoch(fit_loop: dict[str, Any]) -> None:
+    """Set the progress within an epoch that is over to 0: with `max_steps`, Lightning would restart within it."""
+    progress = fit_loop["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    progress["current"] = dict.fromkeys(progress["current"], 0)
 
 
 def _stoppers(config: dict[str, Any] | None) -> dict[str, Any]:
