@@ -14,7 +14,8 @@ ON_TWO_RANKS = ["cifar10_preact18", "digits", "imagenet_preact50", "small_batch"
 
 def recipe(name):
     """The recipe's configuration with other images of the same size, classes and augmentation."""
-    own = run.compose([f"experiment={name}", "run_name=x"])
+    given = ["model.pretrained=null"] if name == "finetune" else []
+    own = run.compose([f"experiment={name}", "run_name=x", *given])
     images = own.data
     config = run.compose(
         [
@@ -26,21 +27,21 @@ def recipe(name):
             ),
             *("data.source.num_train=8", "data.source.num_test=2", "data.val_fraction=0", "logger=none", "trainer=cpu"),
             *("callbacks=none", "+trainer.max_steps=2", "+trainer.enable_checkpointing=false"),
-            "+trainer.enable_progress_bar=false",
+            *("+trainer.enable_progress_bar=false", *given),
         ]
     )
     config.data.train_transforms = images.train_transforms
     config.data.batch_transforms = images.batch_transforms
-    if images.image_size > 64:
+    if images.image_size > 64 and "width" in own.model:
         assert own.model.width is None
         config.model.width = 16  # a quarter of the published one: four deep networks would take a minute
     config.compile = False  # minutes for the deep ones; one graph is tested in test_train_speed.py
     for key in ("precision", "accumulate_grad_batches", "gradient_clip_val"):
         assert config.trainer[key] == own.trainer[key]
     config.trainer.precision = "32-true"  # 20 times faster on a CPU; test_train_speed.py trains in bfloat16
-    for key in ("optimizer", "scheduler", "norm", "mixing", "label_smoothing", "channels_last"):
+    for key in ("optimizer", "scheduler", "norm", "mixing", "label_smoothing", "channels_last", "finetune"):
         assert config[key] == own[key]
-    assert config.model.depth == own.model.depth
+    assert config.model.get("depth") == own.model.get("depth")
     return config
 
 

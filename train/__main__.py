@@ -45,6 +45,8 @@ def _anchor_paths(config: DictConfig) -> None:
     config.run_dir = to_absolute_path(config.run_dir)
     if config.resume not in (None, "auto"):
         config.resume = to_absolute_path(config.resume)
+    if config.model.get("pretrained"):
+        config.model.pretrained = to_absolute_path(config.model.pretrained)
     if config.data.get("root") is not None:
         config.data.root = to_absolute_path(config.data.root)
 

@@ -2,9 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: share of a training target that is spread evenly over all classes.
         mixing: blends pairs of training images and their labels.
         channels_last: keep images and kernels in NHWC order.
+        frozen: modules of the network that stay in evaluation mode while it trains, see `train.finetune.freeze`.
         config: configuration of the run; every checkpoint stores it, so that the run can be rebuilt from the file.
 
     Attributes:
@@ -91,6 +92,7 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.0,
         mixing: Mixing | None = None,
         channels_last: bool = False,
+        frozen: Sequence[nn.Module] = (),
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -100,6 +102,7 @@ class ImageClassifier(LightningModule):
         self.make_scheduler = scheduler
         self.label_smoothing = label_smoothing
         self.mixing = mixing
+        self.frozen = tuple(frozen)
         self.config = config
         self.train_tally, self.val_tally, self.test_tally = Tally(over_ranks=False), Tally(), Tally()
         self.step_sums: Tensor | None = None
@@ -108,6 +111,13 @@ class ImageClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
         return self.network(images.to(memory_format=self.memory_format))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules but the frozen ones, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def setup(self, stage: str) -> None:
         """Refuse a data set with other classes than the network, before the first step."""

@@ -46,7 +46,7 @@ def from_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Run:
         config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
     config.compile = False
     settings.check(config)
-    model, data = run.build_model(config)
+    model, data = run.build_model(config, needs_weights=False)
     classes = checkpoint.get("classes") or data.class_names()
     identity.check_number(classes, data.num_classes)
     resume.check_weights(path, checkpoint, model.network)

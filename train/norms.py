@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from lightning.pytorch.plugins import LayerSync
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 from syncbn.lightning import SyncBatchNormPlugin
@@ -49,11 +50,18 @@ class Norm(NamedTuple):
                 "norm=torch_sync needs a GPU for every rank, as torch.nn.SyncBatchNorm has no CPU code: use norm=sync"
             )
 
-    def batch_line(self, images_per_rank: float) -> str:
-        """Return a line with the number of images that share batch statistics, and a warning if it is small."""
+    def batch_line(self, images_per_rank: float, network: nn.Module) -> str:
+        """Return a line with the number of images that share batch statistics, and a warning if it is small.
+
+        Args:
+            network: its modules that are in evaluation mode use running statistics.
+        """
         ranks = self.num_ranks()
-        if not ranks:
-            return "no batch statistics"
+        layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        if not ranks or not layers:
+            return "no batch statistics" if not ranks else "no batch statistics: the network has no batch normalization"
+        if not any(layer.training for layer in layers):
+            return "no batch statistics: those of all layers are frozen"
         images = ranks * images_per_rank
         group = {"world": "all ranks", "node": "group node", 1: "each rank alone"}.get(
             self.ranks,

@@ -1,7 +1,7 @@
 """The optimizer and its LR schedulers: no decay on norms and biases, a rate per 256 images, a change every step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,23 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 RATE_IMAGES = 256
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameters in two groups: matrices and kernels decay, vectors (norms and biases) do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float, rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return the trained parameters in groups: matrices and kernels decay, vectors (norms and biases) do not.
+
+    Args:
+        lr: learning rate.
+        rates: factor on it by name of the parameter, see `train.finetune.rates`; 1 by default. The first groups have
+            the highest rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(((rates or {}).get(name, 1.0), parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": groups[factor, decays], "weight_decay": weight_decay if decays else 0.0, "lr": lr * factor}
+        for factor, decays in sorted(groups, reverse=True)
     ]
 
 
@@ -28,6 +39,7 @@ def build_optimizer(
     global_batch_size: int,
     lr_per_256: float,
     weight_decay: float = 0.0,
+    rates: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Return the optimizer of a model.
 
@@ -36,9 +48,10 @@ def build_optimizer(
         global_batch_size: images per optimizer step over all ranks.
         lr_per_256: learning rate for 256 images; the rate is proportional to the batch (Goyal et al. 2017).
         weight_decay: for all parameters except norms and biases.
+        rates: factor on the learning rate by name of the parameter; 1 by default.
     """
-    groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
-    return factory(groups, lr=lr_per_256 * global_batch_size / RATE_IMAGES)
+    lr = lr_per_256 * global_batch_size / RATE_IMAGES
+    return factory(parameter_groups(model, weight_decay, lr, rates), lr=lr)
 
 
 def warmup_cosine(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -15,7 +16,7 @@ from train.norms import Norm
 # The values that determine the result of a run; all others may change on resume.
 COURSE = (
     *("seed", "model", "norm", "optimizer", "scheduler", "mixing", "label_smoothing"),
-    *("callbacks.ema", "callbacks.recalibrate"),
+    *("finetune", "callbacks.ema", "callbacks.recalibrate"),
     *(
         f"data.{name}"
         for name in ("source", "train_transforms", "batch_transforms", "val_fraction", "num_train", "shuffle", "seed")
@@ -135,12 +136,18 @@ def _check_world_size(
         reason = f"the global batch would change from {snapshot['global_batch_size']} to {global_batch} images"
     elif snapshot["buffers"] is not None or norm.ranks not in (None, "world"):
         reason = "BatchNorm is not over all ranks, so its batch would change"
-    elif any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in network.modules()):
+    elif any(map(_draws_masks, network.modules())):
         reason = "every rank draws its own dropout masks"
     elif config.mixing is not None:
         reason = "images are mixed within a rank"
     if reason is not None:
         raise Refusal(f"{path} is of {before} ranks and there are {now}: {reason}; start {before} ranks")
+
+
+def _draws_masks(module: nn.Module) -> bool:
+    """Return whether a module drops values or paths: one of torch or torchvision, or of timm, by its attributes."""
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd | torchvision.ops.StochasticDepth)
+    return bool(module.p) if is_dropout else bool(getattr(module, "drop_prob", 0))
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
-from train import distenv, identity, pictures, report, resume, settings
+from train import distenv, finetune, identity, models, pictures, pretrained, report, resume, settings
 from train.best import Best
 from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
@@ -41,34 +41,55 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         return hydra_compose("train", overrides or [])
 
 
-def build_model(config: DictConfig) -> tuple[ImageClassifier, ImageData]:
-    """Return the untrained model of a configuration, and its data."""
+def build_model(config: DictConfig, needs_weights: bool = True) -> tuple[ImageClassifier, ImageData]:
+    """Return the untrained model of a configuration, and its data.
+
+    Args:
+        needs_weights: whether to read `model.pretrained`; not if a checkpoint will be loaded.
+    """
     data: ImageData = instantiate(config.data)
-    network = instantiate(config.model, norm_layer=instantiate(config.norm).layer)
+    network = models.build(config.model, instantiate(config.norm).layer)
+    is_own = models.is_own(config.model)
+    if not is_own:
+        models.check_output(network, data.collate.image_shape, data.num_classes)
+    if needs_weights and config.model.get("pretrained"):
+        path = Path(config.model.pretrained)
+        loaded = pretrained.load(network, path, data.num_classes)
+        if distenv.rank() == 0:
+            _say(loaded.line(path))
+    tuning = config.get("finetune") or {}
+    head = pretrained.heads(network, data.num_classes)
+    frozen = finetune.freeze(network, tuning.get("freeze"), head)
+    rates = finetune.rates(network, tuning.get("layer_decay", 1.0), tuning.get("rates") or {}, head)
     if str(config.trainer.precision).startswith("64"):
         network.double()  # Lightning converts only after loading a checkpoint, which would round its weights
     if config.compile:
         torch.compiler.reset()  # graphs of an earlier job in this process also count towards the limit
         torch._dynamo.config.recompile_limit = 64  # for training, evaluation, and batches of one image or none
-        network.compile(fullgraph=True)
+        network.compile(fullgraph=is_own)
     images_per_update = data.global_batch_size * config.trainer.accumulate_grad_batches
     model = ImageClassifier(
         network,
-        instantiate(config.optimizer, global_batch_size=images_per_update),
+        partial(instantiate(config.optimizer, global_batch_size=images_per_update), rates=rates),
         instantiate(config.scheduler),
         label_smoothing=config.label_smoothing,
         mixing=instantiate(config.mixing),
         channels_last=config.channels_last,
+        frozen=frozen,
         config=OmegaConf.to_container(config),  # type: ignore[arg-type]
     )
     return model, data
 
 
-def build(config: DictConfig) -> tuple[Trainer, ImageClassifier, ImageData]:
-    """Return the trainer, the untrained model and the data of a configuration; every rank calls it."""
+def build(config: DictConfig, needs_weights: bool = True) -> tuple[Trainer, ImageClassifier, ImageData]:
+    """Return the trainer, the untrained model and the data of a configuration; every rank calls it.
+
+    Args:
+        needs_weights: see `build_model`.
+    """
     settings.check(config)
     settings.check_launch(config)
-    model, data = build_model(config)
+    model, data = build_model(config, needs_weights)
     data.check_batch_size()
     sync = instantiate(config.norm).sync
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback]
@@ -103,7 +124,7 @@ def fit(config: DictConfig) -> dict[str, float]:
     norm: Norm = instantiate(config.norm)
     norm.check(config.trainer.accelerator)
     path = resume.find(config)
-    trainer, model, data = build(config)
+    trainer, model, data = build(config, needs_weights=path is None)
     if path is not None:
         checkpoint = resume.load(path)
         resume.check(path, checkpoint, config, norm, model.network, data.global_batch_size)
@@ -118,7 +139,7 @@ def fit(config: DictConfig) -> dict[str, float]:
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, directory / "config.yaml", resolve=True)
         _say(_headline(config, trainer, data))
-        _say(norm.batch_line(data.global_batch_size / trainer.world_size))
+        _say(norm.batch_line(data.global_batch_size / trainer.world_size, model.network))
         if path is not None:
             _say(f"resumed from {path}, after step {checkpoint['global_step']}")
     start = time.perf_counter()

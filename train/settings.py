@@ -48,7 +48,8 @@ def check_keys(config: DictConfig) -> None:
     for key, target, name, value in _arguments(known):
         parameters = errors.parameters_of(target)
         takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-        if parameters and name not in parameters and not takes_any:
+        is_read_elsewhere = key == "model" and name == "pretrained"
+        if parameters and name not in parameters and not takes_any and not is_read_elsewhere:
             sentence = errors.no_such_key(f"{key}.{name}", str(value), known)
             raise Refusal(f"{key}.{name} is no argument of {target}: {sentence}")
 
@@ -61,6 +62,7 @@ def check_launch(config: DictConfig) -> None:
     _check_length(config)
     _check_monitors(config)
     _check_best(config)
+    _check_frozen(config)
 
 
 def check_devices(config: DictConfig) -> None:
@@ -198,6 +200,23 @@ def _check_best(config: DictConfig) -> None:
             )
 
 
+def _check_frozen(config: DictConfig) -> None:
+    """Refuse to measure statistics that are frozen."""
+    freeze, callbacks = config.finetune.freeze, config.callbacks
+    if not freeze:
+        return
+    if callbacks.get("recalibrate"):
+        raise Refusal(
+            f"callbacks.recalibrate measures the statistics of every layer, and finetune.freeze={freeze} keeps some: "
+            "leave one of them out"
+        )
+    if callbacks.get("ema") and callbacks.ema.get("recalibrate_batches", 1):
+        raise Refusal(
+            f"callbacks.ema measures the statistics of every layer, and finetune.freeze={freeze} keeps some: set "
+            "callbacks.ema.recalibrate_batches=0"
+        )
+
+
 def _whole(at_least: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
@@ -220,6 +239,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.lr_per_256": (_number(lambda value: value >= 0), "a number of at least 0"),
     "optimizer.weight_decay": (_number(lambda value: value >= 0), "a number of at least 0"),
     "scheduler.milestones": (_rises_within_the_run, "a rising list of shares of the run such as [0.5, 0.75]"),
+    "finetune.layer_decay": (_number(lambda value: 0 < value <= 1), "a number above 0 and up to 1"),
     "mixing.mixup_alpha": (_number(lambda value: value >= 0), "a number of at least 0"),
     "mixing.cutmix_alpha": (_number(lambda value: value >= 0), "a number of at least 0"),
     "data.eval_batch_size": (_whole(1), "a whole number of at least 1"),

@@ -38,6 +38,7 @@ FACTORIES = {
     "train.loggers": ("MetricsFile", "TensorBoard"),
     "train.mixing": ("Mixing",),
     "train.mlp": ("MLP",),
+    "train.models": ("timm_model", "torchvision_model"),
     "train.norms": ("Norm", "batch_norm", "group_norm", "local", "synchronized", "torch_synchronized"),
     "train.optim": ("build_optimizer", "constant", "one_cycle", "warmup_cosine", "warmup_steps"),
     "train.plugins": ("TorchSyncBatchNormPlugin", "strategy"),
