@@ -28,7 +28,7 @@ def test_every_choice_builds_a_run(group, name, tmp_path):
     if (group, name) in {("trainer", "gpu"), ("norm", "torch_sync")} and not torch.cuda.is_available():
         pytest.skip("there is no GPU to build a trainer for")
     has_width = group in ("model", "experiment") and name not in ("mlp", "torchvision", "timm", "own", "finetune")
-    needed = {"own": ["model._target_=torchvision.models.resnet18"], "finetune": ["model.pretrained=null"]}
+    needed = {"own": ["model._target_=torchvision.models.resnet18", "data=fake"], "finetune": ["model.pretrained=null"]}
     further = ["model.width=4"] if has_width else needed.get(name, [])
     config = run.compose([f"{group}={name}", f"run_dir={tmp_path}", *further])
     trainer, model, data = run.build(config)

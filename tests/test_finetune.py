@@ -325,15 +325,9 @@ def test_settings_that_contradict_each_other_are_refused(overrides, sentence):
 
 
 RUN = [
-    *(
-        "experiment=finetune",
-        "data.num_classes=2",
-        "data.image_size=32",
-        "data.eval_transforms=[]",
-        "scheduler=constant",
-    ),
-    *("data.num_workers=0", "data.global_batch_size=4", "data.val_fraction=0.25", "logger=csv", "trainer=cpu"),
-    *("finetune.freeze=[bn1]", "finetune.layer_decay=0.7", "callbacks.progress=null"),
+    *("experiment=finetune", "data.num_classes=2", "data.image_size=32", "data.eval_transforms=[]"),
+    *("data.num_workers=0", "data.global_batch_size=4", "data.val_fraction=0.25", "scheduler=constant"),
+    *("finetune.freeze=[bn1]", "finetune.layer_decay=0.7", "logger=csv", "trainer=cpu", "callbacks.progress=null"),
 ]
 
 

@@ -12,7 +12,7 @@ def small_model():
 
 
 def test_kernels_and_matrices_decay_and_norms_and_biases_do_not():
-    decaying, others = parameter_groups(small_model(), 0.1)
+    decaying, others = parameter_groups(small_model(), 0.1, 1.0)
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert [tuple(parameter.shape) for parameter in decaying["params"]] == [(2, 1, 3, 3), (3, 8)]
     assert [tuple(parameter.shape) for parameter in others["params"]] == [(2,), (2,), (2,), (3,)]
@@ -21,7 +21,7 @@ def test_kernels_and_matrices_decay_and_norms_and_biases_do_not():
 def test_frozen_parameters_are_left_out():
     model = small_model()
     model[0].requires_grad_(False)
-    groups = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, 0.1, 1.0)
     assert [len(group["params"]) for group in groups] == [1, 3]
 
 

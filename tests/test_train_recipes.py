@@ -26,7 +26,7 @@ def recipe(name):
                 "data.eval_batch_size=4",
             ),
             *("data.source.num_train=8", "data.source.num_test=2", "data.val_fraction=0", "logger=none", "trainer=cpu"),
-            *("callbacks=none", "+trainer.max_steps=2", "+trainer.enable_checkpointing=false"),
+            *("callbacks=none", "test_checkpoint=last", "+trainer.max_steps=2", "+trainer.enable_checkpointing=false"),
             *("+trainer.enable_progress_bar=false", *given),
         ]
     )

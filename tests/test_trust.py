@@ -86,6 +86,7 @@ def test_every_choice_of_our_configuration_may_be_in_a_checkpoint():
     files = [path for path in sorted(CONF.rglob("*.yaml")) if path.name != "train.yaml"]
     nodes = [node for path in files for node in targets(yaml.safe_load(path.read_text()))]
     names = {node["path"] if node["_target_"] == "hydra.utils.get_class" else node["_target_"] for node in nodes}
+    names -= {"???"}  # of a network of the user's own
     assert len(names) > 30
     assert [name for name in sorted(names) if not trust.may_be_built(name)] == []
 
