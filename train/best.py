@@ -59,7 +59,7 @@ class Best(Checkpoint):
     @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint: values of another metric are not compared with these."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        return "Best{'monitor': self.monitor, 'mode': self.mode}"
 
     @property
     def best_model_path(self) -> str:

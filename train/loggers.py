@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from train import lightning_internals
+
 
 class MetricsFile(Logger):
     """Writes every logged row to `metrics.csv`, on rank 0.
@@ -117,4 +119,4 @@ class TensorBoard(TensorBoardLogger):
     def resume(self, state: dict[str, int]) -> None:
         """Hide the events from this step on; call it before `log_metrics`."""
         self._next_step = state["next_step"]
-        self._kwargs["purge_step"] = self._next_step
+        lightning_internals.hide_events_from(self, self._next_step)

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train import distenv
+from train import distenv, lightning_internals
 from train.distenv import Refusal
 
 
@@ -67,12 +67,13 @@ class Restartable(DDPStrategy):
         """Initialize the process group, unless there is one."""
         if distenv.has_agent_store() and not dist.is_initialized():
             device = self.root_device
+            backend, timeout = lightning_internals.process_group_options(self)
             dist.init_process_group(
-                self._get_process_group_backend(),
+                backend,
                 store=dist.PrefixStore(distenv.life().name, distenv.agent_store()),
                 rank=distenv.rank(),
                 world_size=distenv.world_size(),
-                timeout=self._timeout,
+                timeout=timeout,
                 device_id=None if device.type == "cpu" else device,
             )
         super().setup_distributed()

@@ -18,7 +18,18 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
-from train import distenv, finetune, identity, models, pictures, pretrained, report, resume, settings
+from train import (
+    distenv,
+    finetune,
+    identity,
+    lightning_internals,
+    models,
+    pictures,
+    pretrained,
+    report,
+    resume,
+    settings,
+)
 from train.best import Best
 from train.callbacks import History, Throughput
 from train.classifier import ImageClassifier
@@ -103,8 +114,7 @@ def build(config: DictConfig, needs_weights: bool = True) -> tuple[Trainer, Imag
         logger=[instantiate(logger) for logger in config.logger.values() if logger],
         plugins=[AtomicFiles(), *([sync] if sync else [])],
     )
-    # Lightning broadcasts rank 0's SIGTERM flag before every step, and waits for it; `Snapshots` does not need to wait
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+    lightning_internals.do_not_broadcast_sigterm(trainer)
     return trainer, model, data
 
 
@@ -186,10 +196,6 @@ def _say(line: str) -> None:
     """Print a line and log it."""
     print(line, flush=True)
     log.info(line)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _last_epoch(trainer: Trainer) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from torch import Tensor
 
-from train import distenv, rng
+from train import distenv, lightning_internals, rng
 from train.distenv import Refusal
 from train.stop import Stopped, StopSignals
 
@@ -114,7 +114,7 @@ class Snapshots(Checkpoint):
             return  # the best checkpoint is for evaluation only
         checkpoint["snapshot"] = self._saving
         if self._saving["batch_idx"] is not None:
-            checkpoint["epoch"] = _take_back_the_batch(checkpoint["loops"]["fit_loop"])
+            checkpoint["epoch"] = lightning_internals.take_back_the_batch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set where the data module starts; the rest is restored at the first batch."""
@@ -125,26 +125,25 @@ class Snapshots(Checkpoint):
             trainer.should_stop = True
         _keep_patience(trainer, checkpoint["callbacks"])
         if self._resumed["batch_idx"] is None:
-            _forget_the_epoch(checkpoint["loops"]["fit_loop"])
+            lightning_internals.forget_the_epoch(checkpoint["loops"]["fit_loop"])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.resume_at = (checkpoint["epoch"], self._resumed["batch_idx"] or 0)
 
     def _end_after_a_step(self, trainer: Trainer) -> None:
         """Postpone the end of a run to the end of an optimizer step: a checkpoint has no accumulated gradients."""
         self._ends = self._ends or trainer.should_stop
-        trainer.should_stop = self._ends and not trainer.fit_loop.epoch_loop._should_accumulate()
+        trainer.should_stop = self._ends and not lightning_internals.is_accumulating(trainer)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None, is_end: bool = False) -> None:
         self._look(0)
         if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
             raise Refusal(self._not_finite("a parameter", trainer.global_step))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loop = trainer.fit_loop.epoch_loop
         self._saving = {
             "batch_idx": batch_idx,
             "is_end": is_end,
             "was_stopped": is_end and trainer.should_stop and not _is_out_of_time(trainer),
-            "batches_that_stepped": loop._batches_that_stepped,
+            "batches_that_stepped": lightning_internals.batches_that_stepped(trainer),
             "world_size": trainer.world_size,
             "local_world_size": distenv.local_world_size(),
             "global_batch_size": data.global_batch_size,
@@ -174,8 +173,7 @@ class Snapshots(Checkpoint):
                 f"{trainer.ckpt_path} is of a finished run whose weights have become their average: it cannot train "
                 "on, start a new run"
             )
-        # Lightning counts one step too many when it restarts at the first batch of an epoch
-        trainer.fit_loop.epoch_loop._batches_that_stepped = resumed["batches_that_stepped"]
+        lightning_internals.set_batches_that_stepped(trainer, resumed["batches_that_stepped"])
         if resumed["world_size"] != trainer.world_size:
             return  # already refused where it would change the result
         if resumed["buffers"] is not None:
@@ -204,27 +202,6 @@ class Snapshots(Checkpoint):
             f"{what} is not finite at step {step}: lower optimizer.lr_per_256 or set trainer.gradient_clip_val; "
             f"{none if self._saved_step is None else good}"
         )
-
-
-def _take_back_the_batch(fit_loop: dict[str, Any]) -> int:
-    """Set the loops' progress back to between two batches, and return the epoch.
-
-    Lightning has already counted the next batch, or the epoch if the run ended within it.
-    """
-    progress = fit_loop["epoch_loop.batch_progress"]
-    progress["is_last_batch"] = False
-    for count in (progress["current"], progress["total"]):
-        count["ready"] = count["completed"]
-    for count in (fit_loop["epoch_progress"]["current"], fit_loop["epoch_progress"]["total"]):
-        count["processed"] = count["completed"] = count["started"] - 1
-    return fit_loop["epoch_progress"]["current"]["processed"]
-
-
-def _forget_the_epoch(fit_loop: dict[str, Any]) -> None:
-    """Set the progress within an epoch that is over to 0: with `max_steps`, Lightning would restart within it."""
-    progress = fit_loop["epoch_loop.batch_progress"]
-    progress["is_last_batch"] = False
-    progress["current"] = dict.fromkeys(progress["current"], 0)
 
 
 def _stoppers(config: dict[str, Any] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
+from train import lightning_internals
 from train.distenv import Refusal
 
 
@@ -90,31 +91,31 @@ class AveragedWeights(EMAWeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Create the average; its updates do not wait for the device, where torch's would read a counter."""
         super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
-            self._average_model.update_parameters = self._update  # type: ignore[method-assign]
+        averaged = lightning_internals.average_of(self)
+        if averaged is not None:
+            averaged.update_parameters = self._update
 
     def _update(self, model: nn.Module) -> None:
-        assert self._average_model is not None
-        ours, theirs = ([p.detach() for p in m.parameters()] for m in (self._average_model.module, model))
+        averaged = lightning_internals.average_of(self)
+        ours, theirs = ([p.detach() for p in m.parameters()] for m in (averaged.module, model))
         if self._updates is None:  # not 0 in a resumed run
-            self._updates = int(self._average_model.n_averaged)
+            self._updates = int(averaged.n_averaged)
         if self._updates:
             torch._foreach_lerp_(ours, theirs, 1 - min(self.decay, (1 + self._updates) / (10 + self._updates)))
         else:
             torch._foreach_copy_(ours, theirs)
         self._updates += 1
-        self._average_model.n_averaged += 1
+        averaged.n_averaged += 1
 
     @property
     def average(self) -> nn.Module:
         """The averaged model, during fit."""
-        assert self._average_model is not None
-        return self._average_model.module
+        return lightning_internals.average_of(self).module
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swap in the averaged weights, and measure their statistics."""
         super().on_validation_epoch_start(trainer, pl_module)
-        if self._average_model is not None:
+        if lightning_internals.average_of(self) is not None:
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
