@@ -1,10 +1,12 @@
 """Synchronized batch normalization for PyTorch: one all-reduce forward, one backward, exact on every device."""
 
-from syncbn.checks import DesyncError as DesyncError
 from syncbn.checks import assert_replicas_equal as assert_replicas_equal
 from syncbn.checks import detect_desync as detect_desync
 from syncbn.convert import convert_sync_batchnorm as convert_sync_batchnorm
 from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
+from syncbn.errors import DesyncError as DesyncError
+from syncbn.errors import PeerError as PeerError
+from syncbn.errors import TooFewValuesError as TooFewValuesError
 from syncbn.functional import sync_batch_norm as sync_batch_norm
 from syncbn.fuse import fuse as fuse
 from syncbn.fuse import fusion_report as fusion_report
@@ -27,7 +29,9 @@ __all__ = [
     "DesyncError",
     "LazySyncBatchNorm",
     "NormActConv",
+    "PeerError",
     "SyncBatchNorm",
+    "TooFewValuesError",
     "assert_replicas_equal",
     "call_fused",
     "convert_sync_batchnorm",

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from syncbn.errors import DesyncError
 from syncbn.groups import Group, default_device, group_size
 
 ENVIRONMENT_VARIABLE = "SYNCBN_DETECT_DESYNC"
@@ -26,10 +27,6 @@ POLL_S = 0.002
 COLUMNS = ("layer", "pass", "channels", "dtype", "training", "needs_grad", "state")
 
 Record = dict[str, Any]
-
-
-class DesyncError(RuntimeError):
-    """Ranks of a group make different calls of synchronized layers; the message has a table of each rank's call."""
 
 
 @contextmanager

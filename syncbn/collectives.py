@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import checks, transforms
+from syncbn.errors import DesyncError, PeerError, TooFewValuesError
 from syncbn.groups import Group, default_device, group_size
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
@@ -67,7 +68,7 @@ def _is_gathered(values: Tensor, process_group: Any) -> bool:
 class release_peers:
     """A block that ends with an all-reduce: an exception before it raises on every rank of the group.
 
-    On CPU the other ranks raise ValueError at once. On an accelerator they go on with NaN, because reading a value
+    On CPU the other ranks raise PeerError at once. On an accelerator they go on with NaN, because reading a value
     would make the host wait for the device.
 
         with release_peers(process_group, num_features, tensors=(x, weight)) as peers:
@@ -126,7 +127,7 @@ class release_peers:
         if not isinstance(error, Exception) or not self.are_waiting or self.outer is not None:
             return
         # every rank has a DesyncError, and an error that another block has announced or received
-        if isinstance(error, checks.DesyncError) or getattr(error, _ANNOUNCED, False):
+        if isinstance(error, DesyncError) or getattr(error, _ANNOUNCED, False):
             return
         raised = error
         if not isinstance(error, ValueError):
@@ -154,7 +155,7 @@ class release_peers:
         """Sum `values`, (2C + 1,) float64, over the ranks of the group, in place, and return it.
 
         Raises:
-            ValueError: another rank has raised, and the values are on CPU.
+            PeerError: another rank has raised, and the values are on CPU.
         """
         self.are_waiting = False
         if self.ranks > 1:
@@ -166,7 +167,7 @@ class release_peers:
         """Start to sum `values`, (2C + 1,) float64, in place; return the function that waits for the sum.
 
         It makes the host wait with gloo, and the current stream with NCCL. Whatever happens in between, it must be
-        called; it raises ValueError if another rank has raised, and the values are on CPU.
+        called; it raises PeerError if another rank has raised, and the values are on CPU.
         """
         self.are_waiting = False
         if self.ranks == 1:
@@ -192,12 +193,12 @@ class release_peers:
         return total
 
     def check_for_refusal(self, values: Tensor) -> None:
-        """Raise ValueError if another rank has raised, and the values, (*B, 2C + 1), are on CPU."""
+        """Raise PeerError if another rank has raised, and the values, (*B, 2C + 1), are on CPU."""
         if self.ranks > 1 and is_readable(values) and numpy.isnan(values.numpy()[..., 0]).any():
             raise _refusal()
 
     def check_count(self, packed: Tensor, x: Tensor, mask: Tensor | None) -> None:
-        """Raise ValueError, on every rank, if `packed` counts one value per channel over all ranks.
+        """Raise TooFewValuesError, on every rank, if `packed` counts one value per channel over all ranks.
 
         On an accelerator, reading the count makes the host wait. A rank with two values or more knows that it is not 1,
         so only the other ranks read it.
@@ -210,7 +211,7 @@ class release_peers:
             is_single = (packed.detach().cpu().numpy()[..., 0] == 1).any()  # .item() fails under tracing
         if is_single:
             over = f" over all {self.ranks} ranks, here" if self.ranks > 1 else ""
-            raise ValueError(
+            raise TooFewValuesError(
                 f"expected more than 1 value per channel when training, got 1{over} in input of shape "
                 f"{tuple(x.shape)}: use a larger batch, or evaluate with running statistics"
             )
@@ -338,7 +339,7 @@ def _sum_over_ranks(values: Tensor, process_group: Group, block: release_peers |
 
     Raises:
         ValueError: the ranks have different B; on every rank.
-        ValueError: another rank has raised, and the values are on CPU.
+        PeerError: another rank has raised, and the values are on CPU.
     """
     if block is not None:
         block.are_waiting = False
@@ -370,9 +371,9 @@ def _check_batch_sizes(size: int, vector: Tensor, process_group: Group) -> None:
         )
 
 
-def _refusal() -> ValueError:
+def _refusal() -> PeerError:
     return _announced(
-        ValueError(
+        PeerError(
             "expected valid input on every rank, got a refusal from another rank of the group: its error says why"
         )
     )

@@ -55,7 +55,8 @@ def sync_batch_norm(
     Raises:
         ValueError: an argument is invalid. In training, every rank of the group raises, so that none waits for a rank
             that has failed; so it does for any other error before the all-reduce.
-        ValueError: in training, one value per channel over all ranks; on every rank.
+        TooFewValuesError: in training, one value per channel over all ranks; on every rank.
+        PeerError: another rank of the group has raised, and the values are on CPU; on this rank.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, with the mini-batch spread over ranks.
     """

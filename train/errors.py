@@ -9,6 +9,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object
@@ -16,12 +18,26 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
+import syncbn
 from train import distenv
 from train.distenv import Refusal
 
 CONF = Path(str(conf.__file__)).parent
+LAST_BATCH = "if an epoch's last batch is too small, change data.global_batch_size"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+# Errors of torch and Lightning that have no class of their own, by words of theirs, with what to do; if empty, they are
+# shown as they are. If the words change, a traceback is shown, and a test fails.
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo
+BY_WORDS: dict[type[Exception], dict[str, str]] = {
+    ValueError: {
+        "more than 1 value per channel when training": LAST_BATCH,  # torch's own batch normalization
+        "val_check_interval": "",
+    },
+    RuntimeError: {
+        "Expected to have finished reduction in the prior iteration": "a part of the network has no gradient in some "
+        "steps: set trainer.strategy.find_unused_parameters=true",
+    },
+}
 OTHER_WORDS = {
     **dict.fromkeys(("lr", "learning_rate"), "lr_per_256"),
     **dict.fromkeys(("batch_size", "batchsize", "bs"), "global_batch_size"),
@@ -35,7 +51,8 @@ POOR_MATCH = 0.6
 def refusal_in(error: BaseException) -> str | None:
     """Return a sentence for the user if an error, or one of its causes, needs no traceback; otherwise None.
 
-    With HYDRA_FULL_ERROR=1 every error shows its traceback.
+    Errors are recognized by their classes, except those in `BY_WORDS` and `PEER_IS_GONE`. With HYDRA_FULL_ERROR=1 every
+    error shows its traceback.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -47,22 +64,29 @@ def refusal_in(error: BaseException) -> str | None:
             return str(cause).split("Refusal: ")[-1].strip()  # a DataLoader worker prepends its traceback
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     text = " ".join(str(error).split())
+    if isinstance(error, syncbn.TooFewValuesError):
+        return f"{text}; {LAST_BATCH}"
+    if isinstance(error, syncbn.DesyncError):
+        return str(error)  # with a table of the ranks
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{text.split(': ')[0]}: lower data.global_batch_size or data.batch_size_per_rank, with "
+            "trainer.accumulate_grad_batches for as many images in a step, or set trainer.precision=bf16-mixed"
+        )
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = f"{error.filename} " if error.filename else "a file of the run "
         return f"{where}cannot be written ({error.strerror}): make space or name another directory with run_dir=DIR"
-    if "more than 1 value per channel" in text:
-        return f"{text}; if an epoch's last batch is too small, change data.global_batch_size"
-    if "stack expects each tensor to be equal size" in text:
-        return (
-            "the images of a batch must have one size: resize or crop them in data.train_transforms and "
-            "data.eval_transforms"
-        )
-    if distenv.world_size() > 1 and any(sign in text for sign in PEER_IS_GONE):
+    is_gone = isinstance(error, dist.DistNetworkError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in PEER_IS_GONE)
+    )
+    if isinstance(error, syncbn.PeerError) or (distenv.world_size() > 1 and is_gone):
         return "another rank has ended, and this one cannot continue without it: see the error of that rank"
     if isinstance(error, InstantiationException | OmegaConfBaseException | MisconfigurationException):
         return text
-    if isinstance(error, ValueError) and "val_check_interval" in text:
-        return text
+    for kind, words in BY_WORDS.items():
+        found = next((part for part in words if isinstance(error, kind) and part in text), None)
+        if found is not None:
+            return f"{text}; {words[found]}" if words[found] else text
     return None
 
 

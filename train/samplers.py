@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler, TensorDataset
 from torchvision.transforms.v2.functional import normalize, to_dtype, to_image
 
 from train.datasets import image_name
+from train.distenv import Refusal
 from train.images import unreadable
 from train.rng import mix, seeded
 
@@ -152,5 +153,16 @@ class Collate:
             labels = torch.tensor([label for _, label in samples], dtype=torch.long)
             if not samples:
                 return torch.empty(0, *self.image_shape), labels
-            images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
+            images = torch.stack(_of_one_shape([image.as_subclass(Tensor) for image, _ in samples]))
         return normalize(to_dtype(images, torch.float32, scale=True), self.mean, self.std), labels
+
+
+def _of_one_shape(images: list[Tensor]) -> list[Tensor]:
+    """Return the images; raise Refusal if they cannot be stacked."""
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise Refusal(
+            f"the images of a batch must have one size, got {' x '.join(map(str, shapes[0]))} and "
+            f"{' x '.join(map(str, shapes[-1]))}: resize or crop them in data.train_transforms and data.eval_transforms"
+        )
+    return images
