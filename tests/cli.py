@@ -1,7 +1,9 @@
 """start(command, cwd): run the trainer as a user does, from any directory, alone or under torchrun."""
 
+import importlib
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import warm
 
@@ -31,3 +33,12 @@ def start(arguments, cwd, timeout=240, python=None, **environment):
         process.kill()
         raise
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def call(command, arguments):
+    """Run evaluate, export or predict in this process as its module does."""
+    from train import commands
+
+    module = importlib.import_module(f"train.{command}")
+    with patch("sys.argv", [command, *map(str, arguments)]):
+        commands.main(command, getattr(module, command), module.__doc__)

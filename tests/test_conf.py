@@ -14,12 +14,13 @@ GROUPS = (
     *("data", "model", "norm", "optimizer", "scheduler", "mixing", "trainer", "callbacks", "logger", "experiment"),
     "debug",
 )
+PRIMARY = ("train", "evaluate", "export", "predict")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / group).glob("*.yaml"))]
 
 
 def test_every_file_belongs_to_a_group_and_every_group_has_files():
     in_groups = {ROOT / group / f"{name}.yaml" for group, name in CHOICES}
-    assert set(ROOT.rglob("*.yaml")) == {ROOT / "train.yaml", *in_groups}
+    assert set(ROOT.rglob("*.yaml")) == {*(ROOT / f"{name}.yaml" for name in PRIMARY), *in_groups}
     assert {group for group, _ in CHOICES} == set(GROUPS)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli import call
 from PIL import Image
 from ranks import run_ranks
 from torch.utils.data import TensorDataset
 
-from train import commands, distenv, evaluate, identity, predict, run
+from train import commands, distenv, identity, run
 from train.datasets import Splits, image_name
 from train.distenv import Refusal
 from train.evaluation import Findings
@@ -64,7 +65,10 @@ def trained(tmp_path_factory):
 
 
 def evaluated(checkpoint, output, *overrides):
-    evaluate.evaluate([f"checkpoint={checkpoint}", f"output={output}", *overrides])
+    try:
+        call("evaluate", [f"checkpoint={checkpoint}", f"output={output}", *overrides])
+    except SystemExit as end:
+        raise Refusal(str(end)) from end
     return json.loads((output / "evaluation.json").read_text())
 
 
@@ -115,7 +119,7 @@ def test_class_names_reach_a_terminal_as_they_are(trained, tmp_path, capsys):
         (tmp_path / "val" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(tmp_path / "val" / name / "0.png")
     evaluated(tmp_path / "named.ckpt", tmp_path / "out", f"data.root={tmp_path}")
-    predict.predict([f"checkpoint={tmp_path}/named.ckpt", str(tmp_path / "val")])
+    call("predict", [f"checkpoint={tmp_path}/named.ckpt", tmp_path / "val"])
     printed = capsys.readouterr().out
     for name in ("[red]cat", r"do\ng\x1b[31m", ":owl:"):
         assert printed.count(name) >= 2

@@ -1,7 +1,6 @@
 """What a trained checkpoint is used for, started as a user does: evaluate, export, predict, sweep, several nodes."""
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -12,14 +11,14 @@ from functools import partial
 import onnx
 import pytest
 import torch
-from cli import REPOSITORY, TORCHRUN, TRAIN, popen, start
+from cli import REPOSITORY, TORCHRUN, TRAIN, call, popen, start
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from ranks import run_ranks
 from sklearn.datasets import load_digits
 from torch import nn
 
-from train import commands, export, predict
+from train import commands, export
 from train.evaluation import Findings
 from train.norms import batch_norm
 from train.preact_resnet import preact_resnet
@@ -96,10 +95,10 @@ def test_a_synchronized_checkpoint_loads_into_plain_batchnorm(trained):
 
 @pytest.mark.parametrize("fold", ["false", "true"])
 @pytest.mark.parametrize("kind", list(export.SUFFIX))
-def test_an_exported_network_computes_the_same_for_any_batch(kind, fold, trained, tmp_path, capsys):
+def test_an_exported_network_computes_the_same_for_any_batch(kind, fold, trained, tmp_path, monkeypatch):
     checkpoint = trained[0] / "checkpoints" / "best.ckpt"
     output = tmp_path / f"network{export.SUFFIX[kind]}"
-    export.export([f"checkpoint={checkpoint}", f"format={kind}", f"output={output}", f"fold={fold}"])
+    call("export", [f"checkpoint={checkpoint}", f"format={kind}", f"output={output}", f"fold={fold}"])
     images = torch.randn(5, 1, 8, 8)
     run = commands.from_checkpoint(checkpoint)
     with torch.no_grad():
@@ -197,12 +196,53 @@ def test_predict_searches_a_directory_as_the_data_set_does(trained, tmp_path):
     ]
 
 
+def test_predictions_are_written_as_csv_with_the_next_labels(trained, tmp_path):
+    digits = load_digits()
+    names = ["a,b.png", 'quo"te.png', "c.png"]
+    for i, name in enumerate(names):
+        Image.fromarray((digits.images[i] * 255 / 16).astype("uint8")).save(tmp_path / name)
+    (tmp_path / "broken.png").write_text("no image")
+    command = ["-m", "train.predict", f"checkpoint={trained[0]}/checkpoints/best.ckpt", str(tmp_path), "top_k=3"]
+    done = start([*command, f"output={tmp_path}/out (1)=x/p.csv", "batch_size=2", "trainer=cpu"], tmp_path)
+    assert done.returncode == 1
+    assert "broken.png cannot be read" in done.stderr
+    with (tmp_path / "out (1)=x" / "p.csv").open(newline="") as file:
+        rows = {row["file"].removeprefix(f"{tmp_path}/"): row for row in csv.DictReader(file)}
+    assert list(rows) == sorted([*names, "broken.png"])
+    assert "cannot be read" in rows["broken.png"].pop("error")
+    assert set(rows.pop("broken.png").values()) == {f"{tmp_path}/broken.png", ""}
+    run = commands.from_checkpoint(trained[0] / "checkpoints" / "best.ckpt")
+    for i, name in enumerate(names):
+        values = torch.from_numpy(digits.images[i] * 255 / 16).to(torch.uint8)[None, None] / 255
+        expected = run.model((values - 0.3053) / 0.3761).softmax(dim=1)[0].topk(3)
+        row = rows[name]
+        assert [int(row[f"label{rank}"]) for rank in ("", "_2", "_3")] == expected.indices.tolist()
+        found = [float(row[f"probability{rank}"]) for rank in ("", "_2", "_3")]
+        assert found == pytest.approx(expected.values.tolist(), abs=1e-5)
+        assert row["error"] == ""
+
+
+def test_overrides_of_a_command_have_hydras_grammar_and_choices_of_groups(trained, tmp_path):
+    (tmp_path / "own" / "trainer").mkdir(parents=True)
+    (tmp_path / "own" / "trainer" / "mine.yaml").write_text("defaults: [cpu]\nlimit_test_batches: 1\n")
+    checkpoint = f"checkpoint={trained[0]}/checkpoints/best.ckpt"
+    command = ["-m", "train.evaluate", checkpoint, "--config-dir", "own", "trainer=mine", f"output={tmp_path}/out"]
+    done = start([*TORCHRUN, *command, "data.eval_batch_size=7", "~data.shuffle", "+data.shuffle=false"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert counts(done.stdout.splitlines()[-1])[1] == "7"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own"]  # Hydra writes nothing
+    shown = start([*TORCHRUN, *command, "data.eval_batch_size=7", "--cfg", "job"], tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("eval_batch_size: 7") == 1
+    assert "limit_test_batches: 1" in shown.stdout
+
+
 def test_predict_takes_any_file_name(trained, tmp_path, monkeypatch, capsys):
     names = ["a b.png", "a=b.png", "ünï 数.png", "-x.png", "--y=z.png", "./checkpoint=c.png", "line\nbreak.png"]
     for name in names:
         Image.new("L", (8, 8), 100).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    predict.predict([f"checkpoint={trained[0]}/checkpoints/best.ckpt", *names])
+    call("predict", [f"checkpoint={trained[0]}/checkpoints/best.ckpt", *names])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in lines] == [*names[:-1], r"line\nbreak.png"]
     assert len({tuple(line.split("\t")[1:]) for line in lines}) == 1
@@ -214,12 +254,18 @@ def test_predict_takes_any_file_name(trained, tmp_path, monkeypatch, capsys):
         ("evaluate", [], "checkpoint=... is needed"),
         ("evaluate", ["checkpoint=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
         ("evaluate", ["checkpoint=broken.ckpt"], "broken.ckpt is damaged or not a checkpoint"),
-        ("evaluate", ["checkpoint={last}", "data.eval_bach_size=3"], "has no value data.eval_bach_size"),
+        ("evaluate", ["checkpoint={last}", "data.eval_bach_size=3"], "no such key, use data.eval_batch_size=3"),
         ("evaluate", ["checkpoint={last}", "model.width=8"], "is of another model: stem.weight has shape"),
         ("export", ["checkpoint={last}", "format=tflite"], "format must be one of torch, torchscript"),
-        ("export", ["checkpoint={last}", "formt=onnx"], "takes checkpoint, format, output and fold, got formt=onnx"),
+        ("export", ["checkpoint={last}", "formt=onnx"], "'formt': there is no such key, use format=onnx"),
+        ("export", ["checkpoint={last}", "onnx"], "train.export takes KEY=VALUE, got onnx"),
+        ("evaluate", ["checkpoint={last}", "trainr=cpu"], "no such key, use trainer=cpu"),
+        ("evaluate", ["checkpoint={last}", "trainer.devices=3"], "must be the number of processes on this node"),
+        ("predict", ["checkpoint={last}", "top_k=11", "x.png"], "top_k must be a whole number from 1 to 10, got 11"),
+        ("predict", ["checkpoint={last}", "top_k=a", "x.png"], "top_k must be a whole number from 1 to 10, got a"),
+        ("predict", ["checkpoint={last}", "batch_size=0", "x.png"], "batch_size must be a whole number from 1, got 0"),
         ("export", ["checkpoint={last}", "fold=yes"], "fold must be true or false, got yes"),
-        ("evaluate", ["checkpoint"], "checkpoint=... is needed"),
+        ("evaluate", ["checkpoint"], "train.evaluate takes KEY=VALUE, got checkpoint"),
         ("predict", ["checkpoint={last}"], "name the image files"),
         ("predict", ["checkpoint={last}", "nothing.png"], "not every image could be read, 1 failed: see the lines"),
     ],
@@ -228,10 +274,8 @@ def test_what_a_user_gets_wrong_is_one_sentence(command, arguments, message, tra
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 cut off")
     last = trained[0] / "checkpoints" / "last.ckpt"
-    monkeypatch.setattr(sys, "argv", [command, *(argument.format(last=last) for argument in arguments)])
-    module = importlib.import_module(f"train.{command}")
     with pytest.raises(SystemExit) as caught:
-        commands.main(getattr(module, command), module.__doc__)
+        call(command, [argument.format(last=last) for argument in arguments])
     sentence = str(caught.value)
     assert sentence.startswith("error: ")
     assert message in sentence

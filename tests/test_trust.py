@@ -1,15 +1,14 @@
 """A checkpoint from anyone may be evaluated, exported and used: it builds nothing but what is on the list."""
 
 import copy
-import importlib
 import operator
-import sys
 from functools import cache, reduce
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from cli import call
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from PIL import Image
@@ -59,12 +58,10 @@ def checkpoint_file(directory, changes):
     return path
 
 
-def start(monkeypatch, command, *arguments):
+def start(command, *arguments):
     """Run a command in this process; return its sentence if it refuses, otherwise None."""
-    module = importlib.import_module(f"train.{command}")
-    monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
     try:
-        commands.main(getattr(module, command), module.__doc__)
+        call(command, arguments)
     except SystemExit as end:
         return str(end.code)
     return None
@@ -288,8 +285,8 @@ def test_a_file_is_copied_only_for_a_checkpoint_that_the_user_trusts(command, tm
         f"checkpoint={checkpoint_file(tmp_path, {'mixing': mixing})}",
         *([image] if command == "predict" else []),
     ]
-    assert "names shutil.copyfile in mixing._target_" in start(monkeypatch, command, *arguments)
-    assert "names shutil.copyfile" in start(monkeypatch, command, *arguments, "trust=false")
+    assert "names shutil.copyfile in mixing._target_" in start(command, *arguments)
+    assert "names shutil.copyfile" in start(command, *arguments, "trust=false")
     assert not target.exists()
     with trust.everything():
         commands.from_checkpoint(tmp_path / "x.ckpt")
@@ -303,7 +300,7 @@ def test_a_pickle_is_run_only_for_a_checkpoint_that_the_user_trusts(command, tmp
     mixing = {"_target_": "torch.load", "f": str(tmp_path / "pickle"), "weights_only": False}
     path = checkpoint_file(tmp_path, {"mixing": mixing})
     arguments = [f"checkpoint={path}", *([image] if command == "predict" else [])]
-    assert "names torch.load in mixing._target_" in start(monkeypatch, command, *arguments)
+    assert "names torch.load in mixing._target_" in start(command, *arguments)
     assert not trace.exists()
     with trust.everything():
         commands.from_checkpoint(path)
@@ -312,12 +309,12 @@ def test_a_pickle_is_run_only_for_a_checkpoint_that_the_user_trusts(command, tmp
 
 def test_a_checkpoint_of_the_users_own_network_needs_trust(tmp_path, image, monkeypatch, capsys):
     path = checkpoint_file(tmp_path, {"model._target_": "test_trust.OwnNetwork"})
-    sentence = start(monkeypatch, "predict", f"checkpoint={path}", image)
+    sentence = start("predict", f"checkpoint={path}", image)
     assert "names test_trust.OwnNetwork in model._target_" in sentence
     assert "add trust=true" in sentence
-    assert start(monkeypatch, "predict", f"checkpoint={path}", image, "trust=true") is None
+    assert start("predict", f"checkpoint={path}", image, "trust=true") is None
     assert capsys.readouterr().out.startswith(str(image))
-    assert start(monkeypatch, "export", f"checkpoint={path}", "trust=true") is None
+    assert start("export", f"checkpoint={path}", "trust=true") is None
     assert path.with_suffix(".pt").exists()
     with trust.everything():
         assert isinstance(commands.from_checkpoint(path).model.network, OwnNetwork)
@@ -325,16 +322,28 @@ def test_a_checkpoint_of_the_users_own_network_needs_trust(tmp_path, image, monk
         commands.from_checkpoint(path)
 
 
-@pytest.mark.parametrize("value", ["yes", "True", "1", "''"])
+@pytest.mark.parametrize("value", ["yes", "1", "null"])
 def test_trust_is_true_or_false(value, tmp_path, monkeypatch, capsys):
-    sentence = start(monkeypatch, "predict", f"checkpoint={tmp_path}/x.ckpt", "image.png", f"trust={value}")
-    assert sentence == f"error: trust must be true or false, got {value}"
+    sentence = start("predict", f"checkpoint={tmp_path}/x.ckpt", "image.png", f"trust={value}")
+    assert sentence == f"error: trust must be true or false, got {None if value == 'null' else value}"
 
 
 def test_the_help_of_every_command_names_trust(monkeypatch, capsys):
     for command in ("evaluate", "export", "predict"):
-        assert start(monkeypatch, command, "--help") is None
+        assert start(command, "--help") is None
         assert trust.OPTION in capsys.readouterr().out
+
+
+def test_a_checkpoint_decides_nothing_about_hydra(tmp_path, image, monkeypatch, capsys):
+    (tmp_path / "elsewhere" / "mixing").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "mixing" / "bad.yaml").write_text(f"_target_: os.mkdir\npath: {tmp_path}/trace\n")
+    of_hydra = {"searchpath": [f"file://{tmp_path}/elsewhere"], "run": {"dir": f"{tmp_path}/written"}}
+    changes = {"hydra": of_hydra, "defaults": ["_self_", {"mixing": "bad"}]}
+    path = checkpoint_file(tmp_path, changes)
+    assert start("predict", f"checkpoint={path}", image) is None
+    assert commands.from_checkpoint(path).config.mixing is None
+    assert not (tmp_path / "trace").exists()
+    assert not (tmp_path / "written").exists()
 
 
 def test_an_override_is_the_users_own(tmp_path):

@@ -1,10 +1,7 @@
 """`python -m train key=value ...`, or `torchrun --nproc-per-node=K -m train key=value ...` for K ranks."""
 
-import contextlib
-import io
 import sys
 import traceback
-from typing import TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,7 +9,7 @@ from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
-from train import distenv, errors
+from train import distenv, errors, hydra_app
 
 failed_jobs: list[str] = []  # of the sweep in this process
 
@@ -20,7 +17,7 @@ failed_jobs: list[str] = []  # of the sweep in this process
 @hydra.main(config_path="pkg://conf", config_name="train", version_base="1.3")
 def task(config: DictConfig) -> float:
     """Train once and return the test accuracy, the objective of a Hydra sweep; NaN for a job that failed in one."""
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    hydra_app.begin()
     from train import run
 
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -62,35 +59,13 @@ def _record_failure(refusal: str | None) -> float:
 
 
 def main() -> None:
-    """Run the task on every rank; only rank 0 writes Hydra's directory and log, and it reports Hydra's errors first."""
+    """Run the task on every rank."""
     distenv.register_resolvers()
     distenv.refuse_multirun(sys.argv[1:])
     distenv.refuse_slurm_tasks()
-    arguments = sys.argv[1:]
-    if distenv.rank() == 0:
-        _task_with_explained_errors(arguments, sys.stdout)
-        if failed_jobs:
-            sys.exit(f"error: {len(failed_jobs)} job(s) of the sweep failed: {', '.join(failed_jobs)}")
-        return
-    sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    _task_with_explained_errors(arguments, io.StringIO())
-
-
-def _task_with_explained_errors(arguments: list[str], stdout: TextIO) -> None:
-    """Run the task; what Hydra writes to stderr before it starts is held back, and explained if Hydra exits."""
-    held_back = io.StringIO()
-    error = None
-    with contextlib.redirect_stderr(held_back), contextlib.redirect_stdout(stdout):
-        try:
-            task()
-        except SystemExit as exit:
-            error = exit
-        has_begun = sys.stderr is not held_back
-    if error is not None and error.code == 1 and not has_begun and held_back.getvalue():
-        distenv.leave(errors.explain(held_back.getvalue(), arguments))
-    print(held_back.getvalue(), end="", file=sys.stderr)
-    if error is not None:
-        raise error
+    hydra_app.start(task, "python -m train --cfg job")
+    if failed_jobs:
+        sys.exit(f"error: {len(failed_jobs)} job(s) of the sweep failed: {', '.join(failed_jobs)}")
 
 
 if __name__ == "__main__":

@@ -90,34 +90,43 @@ def refusal_in(error: BaseException) -> str | None:
     return None
 
 
-def explain(message: str, arguments: Iterable[str]) -> str:
+def explain(
+    message: str,
+    arguments: Iterable[str],
+    command: str = "python -m train --cfg job",
+    known: dict[str, Any] | None = None,
+) -> str:
     """Return Hydra's message about a wrong override, with the nearest keys or choices instead of its advice.
 
     Args:
         arguments: the command line.
+        command: what lists all keys.
+        known: the configuration whose keys an override may name; by default the one that the choices compose.
     """
     arguments = list(arguments)
     if key := re.search(r"Could not override '([^']+)'", message):
         given = next((part for part in arguments if part.partition("=")[0] == key[1]), f"{key[1]}=")
-        return f"Could not override '{key[1]}': {no_such_key(key[1], given.partition('=')[2], _composed(arguments))}"
+        config = _composed(arguments) if known is None else known
+        return f"Could not override '{key[1]}': {no_such_key(key[1], given.partition('=')[2], config, command)}"
     if choice := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         near = _nearest(choice[2], _choices(choice[1]))
         return f"{message.strip()}\n\nNearest: {choice[1]}={near[0]}" if near else message.strip()
     return message.strip()
 
 
-def no_such_key(key: str, value: str, config: dict[str, Any]) -> str:
+def no_such_key(key: str, value: str, config: dict[str, Any], command: str = "python -m train --cfg job") -> str:
     """Return a sentence that names the keys nearest to one that does not exist.
 
     Args:
         key: dotted name that the configuration lacks.
         value: what the user assigned to it; may be empty.
         config: the composed configuration.
+        command: what lists all keys.
     """
     value = value or "VALUE"
     group, _, name = key.rpartition(".")
     owner = OmegaConf.select(OmegaConf.create(config), group) if group else None
-    near = _nearest(key, {*_keys(config), *_groups()} - {key})
+    near = _nearest(key, {*_keys(config), *groups()} - {key})
     siblings = [other.rpartition(".")[2] for other in near if other.rpartition(".")[0] == group]
     if owner is not None and not any(_likeness(name, other) >= CLEAR_MATCH for other in siblings):
         arguments = _nearest(name, set(parameters_of(owner.get("_target_"))) - set(owner))
@@ -125,9 +134,9 @@ def no_such_key(key: str, value: str, config: dict[str, Any]) -> str:
             return f"it has no value yet, add it with +{key}={value}"
         near = [f"+{group}.{other}" for other in arguments] + near
     if not near:
-        return "there is no such key, `python -m train --cfg job` lists them all"
+        return f"there is no such key, `{command}` lists them all"
     others = f" (or {' or '.join(near[1:3])})" if near[1:] else ""
-    return f"there is no such key, use {near[0]}={value}{others}; `python -m train --cfg job` lists them all"
+    return f"there is no such key, use {near[0]}={value}{others}; `{command}` lists them all"
 
 
 def parameters_of(target: str | None) -> dict[str, inspect.Parameter]:
@@ -175,7 +184,8 @@ def _is_choice(argument: str) -> bool:
     return choice in _choices(group)
 
 
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """Return the names of the groups of configuration files."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and list(path.glob("*.yaml")))
 
 

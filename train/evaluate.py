@@ -12,20 +12,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from train import commands, identity, images, pictures
+from train.commands import Run
 from train.evaluation import Findings
 from train.stop import StopsTests
 
 
-def evaluate(arguments: list[str]) -> None:
+def evaluate(options: DictConfig, run: Run) -> None:
     """Test, print a table of the classes, and write `evaluation.json` and pictures to `output`."""
-    own, overrides = commands.options(arguments, {"checkpoint": None, "output": ""})
-    path = Path(own["checkpoint"])
-    config, model, data, classes = commands.from_checkpoint(path, overrides)
+    path = Path(options.checkpoint)
+    config, model, data, classes = run
     identity.match(data, classes)
     findings = Findings(data.num_classes)
     trainer = commands.trainer_for(config, [findings, StopsTests()])
@@ -33,7 +34,7 @@ def evaluate(arguments: list[str]) -> None:
     if not trainer.is_global_zero:
         return
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    output = Path(own["output"] or path.parent.parent / f"evaluation_{path.stem}")
+    output = Path(options.output or path.parent.parent / f"evaluation_{path.stem}")
     output.mkdir(parents=True, exist_ok=True)
     figures = {
         "test_accuracy": metrics["test_accuracy"],
@@ -65,4 +66,4 @@ def _text(value: object) -> str:
 
 
 if __name__ == "__main__":
-    commands.main(evaluate, __doc__)
+    commands.main("evaluate", evaluate, __doc__)

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 import syncbn
 from syncbn.activations import MODULES
 from train import commands
+from train.commands import Run
 from train.distenv import Refusal
 
 SUFFIX = {"torch": ".pt", "torchscript": ".torchscript.pt", "exported_program": ".pt2", "onnx": ".onnx"}
@@ -34,23 +36,20 @@ class _Activated(nn.Sequential):
     activation: str
 
 
-def export(arguments: list[str]) -> None:
+def export(options: DictConfig, run: Run) -> None:
     """Write the network and its preprocessing, and compare the outputs of the file with those of the network."""
-    own, unknown = commands.options(arguments, {"checkpoint": None, "format": "torch", "output": "", "fold": "false"})
-    if unknown:
-        raise Refusal(f"export takes checkpoint, format, output and fold, got {unknown[0]}")
-    if own["fold"] not in ("true", "false"):
-        raise Refusal(f"fold must be true or false, got {own['fold']}")
-    kind, checkpoint = own["format"], Path(own["checkpoint"])
+    if not isinstance(options.fold, bool):
+        raise Refusal(f"fold must be true or false, got {options.fold}")
+    kind, checkpoint = options.format, Path(options.checkpoint)
     if kind not in SUFFIX:
         raise Refusal(f"format must be one of {', '.join(SUFFIX)}, got {kind}")
-    _, model, data, classes = commands.from_checkpoint(checkpoint)
-    output = Path(own["output"] or checkpoint.with_suffix(SUFFIX[kind]))
+    _, model, data, classes = run
+    output = Path(options.output or checkpoint.with_suffix(SUFFIX[kind]))
     if kind == "exported_program" and output.suffix != ".pt2":
         raise Refusal(f"output must end in .pt2 for format=exported_program, got output={output}")
     if output.is_dir():
         raise Refusal(f"output must be a file, but {output} is a directory")
-    network = plain(model.network.float(), fold=own["fold"] == "true")
+    network = plain(model.network.float(), fold=options.fold)
     images = torch.randn(2, *data.collate.image_shape)
     output.parent.mkdir(parents=True, exist_ok=True)
     run_again = WRITERS[kind](network, images, output)
@@ -152,4 +151,4 @@ WRITERS = {
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    commands.main(export, __doc__)
+    commands.main("export", export, __doc__)
