@@ -242,6 +242,6 @@ def test_compiled_networks_of_others_may_break_into_graphs(monkeypatch):
 
 def test_a_network_without_batch_norm_says_so():
     norm = run.instantiate(run.compose(["run_name=x"]).norm)
-    assert "the network has no batch normalization" in norm.batch_line(2, nn.Linear(2, 2))
-    assert "frozen" in norm.batch_line(2, nn.BatchNorm2d(2).eval())
-    assert norm.batch_line(2, nn.BatchNorm2d(2)).startswith("BN batch = 1 x 2 = 2")
+    assert "the network has no batch normalization" in norm.batch(2, nn.Linear(2, 2)).line
+    assert "frozen" in norm.batch(2, nn.BatchNorm2d(2).eval()).line
+    assert norm.batch(2, nn.BatchNorm2d(2)).line.startswith("BN batch = 1 x 2 = 2")

@@ -159,8 +159,8 @@ def test_the_batch_that_is_normalized_over_is_announced_with_a_warning_where_it_
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     norm = instantiate(run.compose(overrides).norm)
     norm.check("cpu")
-    assert norm.batch_line(per_rank, nn.BatchNorm2d(2)).startswith(line)
-    assert ("warning" in norm.batch_line(per_rank, nn.BatchNorm2d(2))) == ("warning" in line)
+    assert norm.batch(per_rank, nn.BatchNorm2d(2)).line.startswith(line)
+    assert ("warning" in norm.batch(per_rank, nn.BatchNorm2d(2)).line) == ("warning" in line)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,22 @@ class Best(Checkpoint):
         return self._sign * self.kept[name]
 
 
+def path_of(trainer: Trainer) -> Path:
+    """Return the file with the best value that a run has kept.
+
+    Raises:
+        Refusal: there is none yet.
+    """
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Best)]  # type: ignore[attr-defined]
+    paths = [callback.best_model_path for callback in callbacks if callback.best_model_path]
+    if not paths:
+        raise Refusal(
+            "test_checkpoint=best needs a validation, and the run ended before its first one: test the last weights "
+            "with resume=auto test_checkpoint=last"
+        )
+    return Path(paths[0])
+
+
 def _copy(names: Iterable[str], source: Path, directory: Path) -> None:
     """Copy files into another directory, each completely or not at all."""
     if source.resolve() == directory.resolve():

@@ -14,27 +14,30 @@ from train import pictures
 from train.pictures import draw_curves
 
 SECONDS_BETWEEN_FIGURES = 0.5
-EPOCH_FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")
+EPOCH_LINE = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")
+EPOCH_FIGURES = (*EPOCH_LINE, "val_top5_accuracy", "data_wait")
 
 log = logging.getLogger(__name__)
 
 
 class Throughput(Callback):
-    """Logs `images_per_second` over all ranks since the start of the epoch; it waits for the device only to report.
+    """Logs `images_per_second` of every epoch over all ranks; it waits for the device only to report.
 
-    `data_wait` is the share of this time in which rank 0 waited for its next batch. Validation is not counted.
+    `data_wait` is the share of this time in which rank 0 waited for its next batch. Validation is not counted. Within
+    an epoch the progress bar shows `images_per_second_step`.
 
     Args:
-        warmup_steps: steps to exclude at the start of the process: allocation, kernel selection, first collectives.
-        every_n_steps: steps between two reports; the last step of an epoch also reports.
+        warmup_steps: steps to exclude at the start of the process: allocation, kernel selection, first collectives. An
+            epoch that has no others is measured with them, and does not count for the whole run.
+        every_n_steps: steps between two reports within an epoch.
     """
 
     def __init__(self, warmup_steps: int = 5, every_n_steps: int = 20) -> None:
         self.warmup_steps = warmup_steps
         self.every_n_steps = every_n_steps
         self._steps = 0  # in this process
-        self._images = 0
-        self._start = self._batch_end = 0.0
+        self._images = self._epoch_images = 0
+        self._start = self._batch_end = self._epoch_start = 0.0
         self._waited = 0.0
         self._past_images = 0
         self._past_seconds = self._past_waited = 0.0
@@ -55,10 +58,12 @@ class Throughput(Callback):
         """Start the clock: a run resumed within an epoch skips `on_train_epoch_start`."""
         self._steps = 0
         self._restart(trainer)
+        self._epoch_start, self._epoch_images = self._start, 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clock."""
         self._restart(trainer)
+        self._epoch_start, self._epoch_images = self._start, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Add the time since the previous batch ended to the data wait."""
@@ -70,21 +75,33 @@ class Throughput(Callback):
         """Count the images of the global batch, and report if due."""
         self._steps += 1
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        loader: Any = trainer.train_dataloader
+        images = loader.batch_sampler.global_size(batch_idx)
+        self._epoch_images += images
         if self._steps <= self.warmup_steps or any(getattr(callback, "is_profiling", False) for callback in callbacks):
             self._restart(trainer)
+            if trainer.is_last_batch:
+                self._log(pl_module, self._epoch_images, self._start - self._epoch_start, float("nan"))
             return
-        loader: Any = trainer.train_dataloader
-        self._images += loader.batch_sampler.global_size(batch_idx)
-        if trainer.is_last_batch or (batch_idx + 1) % self.every_n_steps == 0:
+        self._images += images
+        if trainer.is_last_batch:
             _finish(trainer)
             seconds = time.perf_counter() - self._start
-            pl_module.log("images_per_second", self._images / seconds, prog_bar=True, batch_size=1)
-            pl_module.log("data_wait", self._waited / seconds, batch_size=1)
-            if trainer.is_last_batch:
-                self._past_images += self._images
-                self._past_seconds += seconds
-                self._past_waited += self._waited
+            self._log(pl_module, self._images, seconds, self._waited / seconds)
+            self._past_images += self._images
+            self._past_seconds += seconds
+            self._past_waited += self._waited
+        elif (batch_idx + 1) % self.every_n_steps == 0:
+            _finish(trainer)
+            speed = self._images / (time.perf_counter() - self._start)
+            pl_module.log("images_per_second_step", speed, prog_bar=True, logger=False, batch_size=1)
         self._batch_end = time.perf_counter()
+
+    @staticmethod
+    def _log(pl_module: LightningModule, images: int, seconds: float, data_wait: float) -> None:
+        """Log the figures of an epoch; of values of a step, Lightning would write every tenth alone."""
+        for name, value in (("images_per_second", images / seconds), ("data_wait", data_wait)):
+            pl_module.log(name, value, on_step=False, on_epoch=True, batch_size=1)
 
     def _restart(self, trainer: Trainer) -> None:
         _finish(trainer)
@@ -120,7 +137,7 @@ class EpochBars(RichProgressBar):
         "train_loss_step": "loss",
         "train_accuracy_step": "accuracy",
         "val_accuracy": "val",
-        "images_per_second": "images/s",
+        "images_per_second_step": "images/s",
     }
 
     def __init__(self) -> None:
@@ -195,7 +212,7 @@ def _epoch_figures(trainer: Trainer) -> dict[str, float]:
 
 
 def _epoch_line(trainer: Trainer) -> str:
-    figures = [f"{name} {value:.4g}" for name, value in _epoch_figures(trainer).items()]
+    figures = [f"{name} {value:.4g}" for name, value in _epoch_figures(trainer).items() if name in EPOCH_LINE]
     of = "" if trainer.max_epochs == -1 else f"/{trainer.max_epochs}"
     return "  ".join([f"epoch {trainer.current_epoch + 1}{of}", *figures])
 

@@ -180,8 +180,8 @@ class ImageClassifier(LightningModule):
         self.val_tally.update(*self._evaluated(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss and accuracy over all ranks' images."""
-        self._log_epoch("val", self.val_tally)
+        """Log the loss and accuracies over all ranks' images; with 5 classes or fewer, that of the top 5 is 1."""
+        self._log_epoch("val", self.val_tally, ("top5_accuracy",))
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add this rank's images to the tally and return their logits."""

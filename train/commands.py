@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import distenv, errors, hydra_app, identity, resume, run, settings, trust
+from train import console, distenv, errors, hydra_app, identity, resume, run, settings, trust
 from train.classifier import ImageClassifier
 from train.data import ImageData
 from train.distenv import Refusal
@@ -90,7 +90,7 @@ def main(name: str, command: Command, help: str | None) -> None:
         command: gets the options and the run.
         help: text for `--help`.
     """
-    run.quiet()
+    console.quiet()
     distenv.register_resolvers()
     options: Any = OmegaConf.to_container(OmegaConf.load(errors.CONF / f"{name}.yaml"))
     arguments, images = _separated(sys.argv[1:], options)

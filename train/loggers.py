@@ -1,15 +1,24 @@
 """Loggers whose files a resumed run continues exactly from its checkpoint."""
 
 import csv
+import math
+import uuid
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+import numpy as np
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from train import lightning_internals
+from train.distenv import Refusal
+
+SETTINGS = ("world_size", "parameters")  # figures of the report that are no results
 
 
 class MetricsFile(Logger):
@@ -99,17 +108,39 @@ class MetricsFile(Logger):
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's TensorBoardLogger; a resumed run hides the events after its checkpoint."""
+    """Lightning's TensorBoardLogger with grouped names; a resumed run hides the events after its checkpoint.
+
+    The metrics of the training are under `train/`, of the validation under `val/`, of the test under `test/`. At the
+    end the run has its settings and results in the HParams tab, and the pictures of the report.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"default_hp_metric": False, **kwargs})
         self._next_step = 0
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write the metrics of a step."""
-        super().log_metrics(metrics, step)
+        super().log_metrics({grouped(name): value for name, value in metrics.items()}, step)
         self._next_step = max(self._next_step, (step or 0) + 1)
+
+    @rank_zero_only
+    def record(self, config: Mapping[str, Any], figures: Mapping[str, Any], drawn: Sequence[Path]) -> None:
+        """Write the settings, the results and the pictures of a run.
+
+        Args:
+            config: values by dotted name.
+            figures: of the report.
+            drawn: files of pictures.
+        """
+        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+        results = {f"result/{name}": value for name, value in numbers.items() if name not in SETTINGS}
+        self.log_hyperparams({name: str(value) for name, value in config.items()}, results, step=self._next_step)
+        for path in drawn:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self.experiment.add_image(f"report/{path.stem}", pixels, self._next_step, dataformats="HWC")
+        self.save()
 
     def state_dict(self) -> dict[str, int]:
         """Return the first step without metrics."""
@@ -120,3 +151,80 @@ class TensorBoard(TensorBoardLogger):
         """Hide the events from this step on; call it before `log_metrics`."""
         self._next_step = state["next_step"]
         lightning_internals.hide_events_from(self, self._next_step)
+
+
+class WandB(WandbLogger):
+    """Lightning's WandbLogger, of which a resumed run continues the same run; it needs the package wandb.
+
+    Args:
+        options: those of Lightning's class.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        _require("wandb", "wandb")
+        self.options = {"id": uuid.uuid4().hex[:12], **options}
+        super().__init__(**self.options)
+
+    @rank_zero_only
+    def record(self, config: Mapping[str, Any], figures: Mapping[str, Any], drawn: Sequence[Path]) -> None:
+        """Send the settings, the results and the pictures of a run."""
+        self.log_hyperparams(dict(config))
+        self.log_metrics({f"result/{name}": value for name, value in figures.items() if isinstance(value, int | float)})
+        for path in drawn:
+            self.log_image(f"report/{path.stem}", [str(path)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the name of the run."""
+        return {"id": self.options["id"]}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue that run; call it before anything is logged."""
+        self.options |= state
+        super().__init__(**self.options)
+
+
+class MLFlow(MLFlowLogger):
+    """Lightning's MLFlowLogger, of which a resumed run continues the same run; it needs the package mlflow.
+
+    Args:
+        options: those of Lightning's class.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        _require("mlflow", "mlflow")
+        self.options = dict(options)
+        super().__init__(**self.options)
+
+    @rank_zero_only
+    def record(self, config: Mapping[str, Any], figures: Mapping[str, Any], drawn: Sequence[Path]) -> None:
+        """Send the settings, the results and the pictures of a run."""
+        self.log_hyperparams(dict(config))
+        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+        self.log_metrics({f"result/{name}": value for name, value in numbers.items() if math.isfinite(value)})
+        for path in drawn:
+            self.experiment.log_artifact(self.run_id, str(path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the name of the run."""
+        return {"run_id": self.run_id}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue that run; call it before anything is logged."""
+        self.options |= state
+        super().__init__(**self.options)
+
+
+def grouped(name: str) -> str:
+    """Return the name of a metric in its group: `val/loss` for `val_loss`."""
+    part, _, rest = name.partition("_")
+    if part in ("train", "val", "test") and rest:
+        return f"{part}/{rest}"
+    return f"train/{name}" if name in ("lr", "images_per_second", "data_wait") else name
+
+
+def _require(module: str, package: str) -> None:
+    """Raise Refusal, on every rank, if the package of a logger is not installed."""
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise Refusal(f"logger={module} needs the package {package} ({error}): pip install {package}") from error

@@ -50,30 +50,40 @@ class Norm(NamedTuple):
                 "norm=torch_sync needs a GPU for every rank, as torch.nn.SyncBatchNorm has no CPU code: use norm=sync"
             )
 
-    def batch_line(self, images_per_rank: float, network: nn.Module) -> str:
-        """Return a line with the number of images that share batch statistics, and a warning if it is small.
+    def batch(self, images_per_rank: float, network: nn.Module) -> "Batch":
+        """Return the number of images that share batch statistics in a network, and a line with it.
 
         Args:
             network: its modules that are in evaluation mode use running statistics.
         """
         ranks = self.num_ranks()
         layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-        if not ranks or not layers:
-            return "no batch statistics" if not ranks else "no batch statistics: the network has no batch normalization"
+        if not ranks:
+            return Batch(None, "no batch statistics")
         if not any(layer.training for layer in layers):
-            return "no batch statistics: those of all layers are frozen"
+            reason = "those of all layers are frozen" if layers else "the network has no batch normalization"
+            return Batch(None, f"no batch statistics: {reason}")
         images = ranks * images_per_rank
+        images = int(images) if images == int(images) else images
         group = {"world": "all ranks", "node": "group node", 1: "each rank alone"}.get(
             self.ranks,
             f"groups of {self.ranks}",
         )
         line = f"BN batch = {ranks} x {images_per_rank:g} = {images:g} over {group}"
         if images >= FEW_IMAGES:
-            return line
-        return (
+            return Batch(images, line)
+        return Batch(
+            images,
             f"{line}; warning: statistics of fewer than {FEW_IMAGES} images are noisy, synchronize more ranks "
-            "(norm=sync norm.group=world), enlarge the batch or use norm=group"
+            "(norm=sync norm.group=world), enlarge the batch or use norm=group",
         )
+
+
+class Batch(NamedTuple):
+    """The images that share batch statistics: their number, None without such statistics, and a line for the user."""
+
+    images: float | None
+    line: str
 
 
 def batch_norm(num_channels: int, activation: str = "identity", temperature: float = 1.0) -> nn.Module:

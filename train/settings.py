@@ -14,7 +14,7 @@ from train.distenv import Refusal
 
 LARGEST_SEED = 2**32 - 1  # of NumPy and Lightning
 NEEDED = ("seed", "data.seed", "trainer.max_epochs")  # other values may be null
-LOGGED = ("val_accuracy", "val_loss", "train_accuracy", "train_loss")
+LOGGED = ("val_accuracy", "val_top5_accuracy", "val_loss", "train_accuracy", "train_loss")
 DERIVED = {
     "model.num_classes": "data.num_classes",
     "model.in_channels": "data.in_channels",

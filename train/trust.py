@@ -35,7 +35,7 @@ FACTORIES = {
     "train.callbacks": ("History", "Throughput", "progress"),
     "train.data": ("ImageData",),
     "train.datasets": ("digits", "fake", "imagefolder", "torchvision_dataset"),
-    "train.loggers": ("MetricsFile", "TensorBoard"),
+    "train.loggers": ("MLFlow", "MetricsFile", "TensorBoard", "WandB"),
     "train.mixing": ("Mixing",),
     "train.mlp": ("MLP",),
     "train.models": ("timm_model", "torchvision_model"),
