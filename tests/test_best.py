@@ -169,7 +169,8 @@ def test_testing_the_best_is_refused_where_there_can_be_none(overrides, reason):
     ],
 )
 def test_monitoring_a_metric_that_is_not_logged_is_refused(override):
-    with pytest.raises(Refusal, match=r"callbacks.(best|early).monitor must be one of val_accuracy, val_loss, train_"):
+    rule = r"callbacks.(best|early).monitor must be one of val_accuracy, val_top5_accuracy, val_loss, train_"
+    with pytest.raises(Refusal, match=rule):
         settings.check_launch(run.compose(["trainer=cpu", override]))
     own = "+callbacks.own={_target_: test_best.Values}"  # may log the metric
     settings.check_launch(run.compose(["trainer=cpu", override, own]))

@@ -345,7 +345,7 @@ def fails(where: str) -> tuple[str, str, list[float]]:
 )
 def test_an_error_before_the_collective_raises_on_every_rank(where):
     (kind, message, total), (other, _, _) = run_ranks(2, fails, where)
-    assert (kind, other) == ("ValueError", "ValueError")
+    assert (kind, other) == ("PeerError", "ValueError")
     assert "another rank of the group" in message
     assert total == [2]
 
@@ -411,7 +411,7 @@ def fails_in_functional_form(where: str) -> tuple[str, list[float]]:
 
 @pytest.mark.parametrize("where", ["input", "none", "padding", "channels"])
 def test_bad_arguments_of_the_functional_form_on_one_rank_raise_on_every_rank(where):
-    assert run_ranks(2, fails_in_functional_form, where) == [("ValueError", [2.0])] * 2
+    assert run_ranks(2, fails_in_functional_form, where) == [("ValueError", [2.0]), ("PeerError", [2.0])]
 
 
 def trains_with_hooks_on_rank_0(where: str) -> tuple[torch.Tensor, list[float]]:
