@@ -226,7 +226,8 @@ def test_training_evaluation_and_prediction_see_the_same_tensor_of_every_kind(ch
     data = instantiate(run.compose([*folders, *of_channels, *same, "data.image_size=16"]).data)
     data.setup("fit")
     trained, tested = (
-        torch.cat([batch for batch, _ in loader]) for loader in (data.train_dataloader(), data.test_dataloader())
+        torch.cat([data.normalize(batch) for batch, _ in loader])
+        for loader in (data.train_dataloader(), data.test_dataloader())
     )
     read = images.reader(channels)
     names = sorted(KINDS)

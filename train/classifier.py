@@ -125,14 +125,6 @@ class ImageClassifier(LightningModule):
         if data is not None and stage == "fit":
             data_checks.check_labels(data)
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Refuse images and labels that the network lacks, on the host, where this costs no wait."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None:
-            has_fixed_size = self.trainer.training or getattr(self.network, "has_fixed_size", False)
-            data_checks.check_batch(*batch, data, has_fixed_size)
-        return batch
-
     def on_train_start(self) -> None:
         """Seed every rank differently, for dropout; the initial weights were drawn with the same seed on all ranks."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -6,12 +6,13 @@ from itertools import islice
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from train import distenv
-from train.augment import BatchTransform
+from train import data_checks, datasets, distenv
+from train.augment import BatchTransform, Normalize
 from train.datasets import Splits, fewer, hold_out
 from train.distenv import Refusal
+from train.loader import Batch, ImageLoader
 from train.rng import mix
 from train.samplers import Collate, GlobalBatchSampler, PreparedImages
 from train.stop import ignore_signals
@@ -42,6 +43,10 @@ class ImageData(LightningDataModule):
         root: directory of the files, for sources that read files.
         download: whether to download missing files, once per node.
         num_workers: DataLoader workers per rank.
+        decode: decoder of image files: "torchvision" for JPEGs and PIL for all others; "pil" for all, with the same
+            pixels; or "gpu", which decodes and augments JPEGs on the GPU, with other roundings.
+        reduce: whether "torchvision" decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the first transform for training
+            takes a much smaller random crop, see `train.images.cropped`.
         shuffle: whether every epoch has a new order.
     """
 
@@ -66,6 +71,8 @@ class ImageData(LightningDataModule):
         root: str | None = None,
         download: bool = False,
         num_workers: int = 0,
+        decode: str = "torchvision",
+        reduce: bool = False,
         shuffle: bool = True,
     ) -> None:
         super().__init__()
@@ -77,13 +84,16 @@ class ImageData(LightningDataModule):
         self.train_transforms = train_transforms
         self.batch_transforms = batch_transforms
         self.eval_transforms = eval_transforms
-        self.collate = Collate((in_channels, image_size, image_size), mean, std)
+        self.collate = Collate((in_channels, image_size, image_size))
+        self.normalize = Normalize(mean, std)
         self.val_fraction = val_fraction
         self.num_train = num_train
         self.seed = seed
         self.root = root
         self.download = download
         self.num_workers = num_workers
+        self.decode = decode
+        self.reduce = reduce
         self.shuffle = shuffle
         self.classes: list[str] | None = None
         self._is_set_up = False
@@ -111,6 +121,7 @@ class ImageData(LightningDataModule):
         if self._is_set_up:
             return
         splits = self.source(root=self.root, download=False)
+        self.decodes_on_device = datasets.set_decoder(splits, self.decode) and self.decode == "gpu"
         if self.num_train:
             splits = fewer(splits, self.num_train, VALIDATION_SEED)
         self.test_set = splits.test
@@ -125,7 +136,7 @@ class ImageData(LightningDataModule):
         """Return the class names, or the class numbers if the data set has no names."""
         return self.classes or [str(label) for label in range(self.num_classes)]
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ImageLoader:
         """Return the augmented train set in this epoch's order."""
         loader = self._loader(self.train_set, self.train_transforms, self.global_batch_size, self.shuffle)
         # Lightning starts the first epoch's workers before it calls `set_epoch`
@@ -137,7 +148,15 @@ class ImageData(LightningDataModule):
         loader = self._loader(self.train_set, self.train_transforms, self.global_batch_size, True, workers=0)
         loader.batch_sampler.set_epoch(RECALIBRATION_EPOCH)  # type: ignore[union-attr]
         for batch_idx, (images, _) in enumerate(islice(loader, num_batches)):
-            yield self.transform_batch(images, RECALIBRATION_EPOCH, batch_idx)
+            yield self.transform_batch(self.normalize(images), RECALIBRATION_EPOCH, batch_idx)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalize the images, on the device."""
+        images, labels = batch
+        images = self.normalize(images)
+        if self.trainer is not None:  # Lightning has converted what came from the loader, and bytes stay bytes
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, labels
 
     def transform_batch(self, images: Tensor, epoch: int, batch_idx: int) -> Tensor:
         """Apply `batch_transforms` to this rank's images of a global batch of the train set."""
@@ -145,11 +164,11 @@ class ImageData(LightningDataModule):
             images = transform(images, seed=mix(self.seed, epoch, batch_idx), global_batch_size=self.global_batch_size)
         return images
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> ImageLoader:
         """Return the validation set, every image once over all ranks."""
         return self._loader(self.val_set, self.eval_transforms, self.eval_batch_size, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> ImageLoader:
         """Return the test set, every image once over all ranks."""
         return self._loader(self.test_set, self.eval_transforms, self.eval_batch_size, shuffle=False)
 
@@ -160,8 +179,9 @@ class ImageData(LightningDataModule):
         global_batch_size: int,
         shuffle: bool,
         workers: int | None = None,
-    ) -> DataLoader:
-        images = PreparedImages(dataset, transforms, self.seed)
+    ) -> ImageLoader:
+        channels = self.collate.image_shape[0]
+        images = PreparedImages(dataset, transforms, self.seed, channels, self.reduce)
         sampler = GlobalBatchSampler(
             len(images),
             global_batch_size,
@@ -171,13 +191,22 @@ class ImageData(LightningDataModule):
             seed=self.seed,
         )
         num_workers = self.num_workers if workers is None else workers
-        return DataLoader(
+        return ImageLoader(
             images,
+            self.collate,
+            check=self._check,
+            device=torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device,
+            decode_channels=channels if self.decodes_on_device else None,
             batch_sampler=sampler,
-            collate_fn=self.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # otherwise every epoch draws from the generator that dropout uses
         )
+
+    def _check(self, images: Tensor, labels: Tensor) -> None:
+        """Refuse images and labels that the network lacks, where this costs no wait."""
+        if self.trainer is not None:
+            network = getattr(self.trainer.lightning_module, "network", None)
+            has_fixed_size = self.trainer.training or getattr(network, "has_fixed_size", False)
+            data_checks.check_batch(images, labels, self, has_fixed_size)

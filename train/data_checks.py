@@ -30,7 +30,7 @@ def check_batch(images: Tensor, labels: Tensor, data: Any, has_fixed_size: bool)
     """Raise Refusal, on the rank that has the batch, if its images or labels are not those of the configuration.
 
     Args:
-        images: (N, C, H, W), on the host.
+        images: (N, C, H, W), on any device.
         labels: (N,), on the host.
         data: the `ImageData` they come from.
         has_fixed_size: whether H and W must be `data.image_size`.

@@ -110,6 +110,7 @@ class ClassFolders(datasets.ImageFolder):
 
     def __init__(self, root: str, in_channels: int) -> None:
         super().__init__(root, loader=reader(in_channels), is_valid_file=is_image)
+        self.in_channels = in_channels
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the class names, sorted, and their labels."""
@@ -137,6 +138,18 @@ class ClassFolders(datasets.ImageFolder):
                     f"remove the folder ({RULE})"
                 )
         return [(path, class_to_idx[name]) for name, files in found.items() for path in files.images]
+
+
+def set_decoder(splits: Splits, decoder: str) -> bool:
+    """Let `train.images.reader(decoder=)` read the files of both sets; return whether they are class folders.
+
+    Raises:
+        Refusal: there is no such decoder.
+    """
+    folders = [dataset for dataset in (splits.train, splits.test) if isinstance(dataset, ClassFolders)]
+    for dataset in folders:
+        dataset.loader = reader(dataset.in_channels, decoder)
+    return bool(folders)
 
 
 def imagefolder(root: str, download: bool = False, *, num_classes: int, in_channels: int = 3) -> Splits:

@@ -50,7 +50,7 @@ def evaluate(options: DictConfig, run: Run) -> None:
         for name, (correct, total) in zip(classes, findings.per_class(), strict=True)
     ]
     (output / "evaluation.json").write_text(json.dumps({**figures, "per_class": per_class}, indent=2) + "\n")
-    pictures.draw_test(findings, classes, data.collate, output)
+    pictures.draw_test(findings, classes, data.normalize, output)
     table = Table("class", "correct", "total", "accuracy", title="test")
     for row in per_class:
         correct, total = row["correct"], row["total"]

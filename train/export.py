@@ -61,8 +61,8 @@ def export(options: DictConfig, run: Run) -> None:
     preprocessing = {
         "input": ["N", *data.collate.image_shape],
         "values": "0 to 1 before normalization",
-        "mean": data.collate.mean,
-        "std": data.collate.std,
+        "mean": data.normalize.mean,
+        "std": data.normalize.std,
         "eval_transforms": [repr(transform) for transform in data.eval_transforms],
         "classes": classes,
         "format": kind,

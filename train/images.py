@@ -1,24 +1,30 @@
 """The image files that training, evaluation and prediction use: which ones a folder has, and how they are read.
 
 `read` returns what the file's author saw, as 8-bit RGB or gray pixels: upright, on white where it is transparent, the
-first frame of an animation. Colour profiles and gamma are ignored.
+first frame of an animation. Colour profiles and gamma are ignored. `decode` returns the same pixels sooner.
 """
 
+import io
 import logging
 import os
 import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+import torch
+from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import to_image
 
 from train import distenv
 from train.distenv import Refusal
@@ -27,6 +33,15 @@ EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 RULE = f"images end in {', '.join(EXTENSIONS)}"
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # no EPS, for which PIL starts Ghostscript
 MODES = {1: "L", 3: "RGB"}  # PIL's names by number of channels
+READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}  # torchvision's
+ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF 2.3, 4.6.4
+END_OF_JPEG = b"\xff\xd9"
+REDUCTIONS = (8, 4, 2)  # factors at which libjpeg decodes
+GAP = 2  # no difference is seen above this `reducing_gap`, says PIL's documentation of `Image.resize`
+RESAMPLING = {
+    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
+    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+}
 JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 KINDS = 5  # extensions that a note names
@@ -47,37 +62,124 @@ class Found(NamedTuple):
     left_out: list[str]
 
 
-def reader(channels: int) -> Callable[[str], Image.Image]:
-    """Return `read` for a number of channels.
+def reader(channels: int, decoder: str | None = None) -> Callable[[str], Tensor]:
+    """Return the function that reads a file of a number of channels: to pixels, or for a decoder.
+
+    Args:
+        decoder: None for `decode`; "pil" for the pixels as PIL decodes them; "torchvision" or "gpu" for `encoded`.
 
     Raises:
-        Refusal: image files cannot have this number.
+        Refusal: image files cannot have this number, or there is no such decoder.
     """
     if channels not in MODES:
         raise Refusal(f"data.in_channels must be 1 (gray) or 3 (RGB) for image files, got {channels}")
-    return partial(read, channels=channels)
+    readers: dict[str, Callable[..., Tensor]] = {"torchvision": encoded, "pil": _with_pil, "gpu": encoded}
+    if decoder is not None and decoder not in readers:
+        raise Refusal(f"data.decode must be one of {', '.join(readers)}, got {decoder}")
+    return partial(decode if decoder is None else readers[decoder], channels=channels)
 
 
-def read(path: str | Path, channels: int) -> Image.Image:
+def read(path: str | Path, channels: int, content: bytes | None = None) -> Image.Image:
     """Return an image file as 8-bit gray (1 channel) or RGB (3 channels), whatever its own mode is.
 
     The format is that of the content, not of the name. Gray of 12 and 16 bits is scaled to 8.
+
+    Args:
+        content: that of the file, if it has been read.
 
     Raises:
         Refusal: the file does not exist, is damaged or is not an image; or its range of values is unknown.
     """
     try:
-        _check_is_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata, which are not used
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
-                _turn_upright(file)
-                return _opaque(_eight_bits(file, printable(str(path)))).convert(MODES[channels])
+        content = _content(path) if content is None else content
+        with _opened(content, FORMATS) as file:
+            _turn_upright(file)
+            return _opaque(_eight_bits(file, printable(str(path)))).convert(MODES[channels])
     except Refusal:
         raise
     except Exception as error:  # PIL raises any exception for a damaged file
         raise unreadable(str(path), error) from error
+
+
+def decode(path: str, channels: int) -> Tensor:
+    """Return the pixels of `read`, (C, H, W) uint8; torchvision decodes plain JPEGs, in less time than PIL.
+
+    Raises:
+        Refusal: as `read`.
+    """
+    image = encoded(path, channels)
+    return image if image.ndim > 1 else decoded([image], channels, torch.device("cpu"), [path])[0]
+
+
+def encoded(path: str, channels: int) -> Tensor:
+    """Return the content of a plain JPEG, (bytes,) uint8, for `decoded`; of other files the pixels, (C, H, W) uint8.
+
+    A JPEG is plain if it is complete and upright, and is gray or has the number of channels.
+
+    Raises:
+        Refusal: as `read`.
+    """
+    try:
+        content = _content(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if _is_plain_jpeg(content, channels):
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return to_image(read(path, channels, content))
+
+
+def cropped(content: Tensor, crop: v2.RandomResizedCrop, channels: int, name: str) -> Tensor:
+    """Return a random crop of a plain JPEG, resized, (C, H, W) uint8.
+
+    If the crop is much larger than its result, the file is decoded at 1/2, 1/4 or 1/8 of its size, of which a JPEG's
+    blocks of 8 x 8 frequencies need fewer: the result is at most 1/GAP of the decoded size.
+
+    Args:
+        content: (bytes,) uint8, see `encoded`.
+        crop: draws from torch's generator as it would from a decoded image.
+        name: of the file, for errors.
+
+    Raises:
+        Refusal: the file is damaged.
+    """
+    with _opened(content.numpy().data, ("JPEG",)) as file:
+        width, height = file.size
+        box = crop.make_params([file])
+        top, left, rows, columns = (box[key] for key in ("top", "left", "height", "width"))
+        least = min(rows / crop.size[0], columns / crop.size[1]) / GAP
+        factor = next((factor for factor in REDUCTIONS if factor <= least), 1)
+        resample = RESAMPLING.get(crop.interpolation)
+        if factor == 1 or resample is None or not crop.antialias:
+            return crop.transform(decoded([content], channels, torch.device("cpu"), [name])[0], box)
+        try:
+            file.draft(MODES[channels], (width // factor, height // factor))
+            edges = tuple(edge / factor for edge in (left, top, left + columns, top + rows))
+            small = file.resize((crop.size[1], crop.size[0]), resample, box=edges)
+            return to_image(small.convert(MODES[channels]))
+        except Exception as error:  # PIL raises any exception for a damaged file
+            raise unreadable(name, error) from error
+
+
+def decoded(contents: Sequence[Tensor], channels: int, device: torch.device, names: Sequence[str]) -> list[Tensor]:
+    """Return JPEGs decoded on a device, each (C, H, W) uint8; a GPU decodes all at once, with nvJPEG.
+
+    A file that torchvision refuses is read by PIL.
+
+    Args:
+        contents: each (bytes,) uint8, on the host.
+        names: of the files, for errors.
+
+    Raises:
+        Refusal: as `read`.
+    """
+    if not contents:
+        return []
+    try:
+        return decode_jpeg(list(contents), READ_MODES[channels], device=str(device))
+    except RuntimeError:
+        if len(contents) == 1:
+            return [to_image(read(names[0], channels, contents[0].numpy().tobytes())).to(device)]
+        return [decoded([content], channels, device, [name])[0] for content, name in zip(contents, names, strict=True)]
 
 
 def unreadable(name: str, error: Exception) -> Refusal:
@@ -161,13 +263,44 @@ def _refuse_folder(error: OSError) -> NoReturn:
     raise unreadable(str(error.filename), error) from error
 
 
-def _check_is_file(path: str | Path) -> None:
-    """Raise OSError for what is no file with content; opening a pipe would wait for its writer."""
+def _with_pil(path: str, channels: int) -> Tensor:
+    return to_image(read(path, channels))
+
+
+def _content(path: str | Path) -> bytes:
+    """Return the bytes of a file; raise OSError for what has none, as opening a pipe would wait for its writer."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is a directory" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
     if status.st_size == 0:
         raise OSError("it is empty")
+    return Path(path).read_bytes()
+
+
+@contextmanager
+def _opened(content: bytes | memoryview, formats: tuple[str, ...]) -> Iterator[ImageFile.ImageFile]:
+    """Open an image of which PIL reads the header first, within its limit of pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, which are not used
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=formats) as file:
+            yield file
+
+
+def _is_plain_jpeg(content: bytes, channels: int) -> bool:
+    """Return whether torchvision decodes a file to the pixels of PIL; it fills a file that is cut off with gray."""
+    if not content.endswith(END_OF_JPEG):
+        return False
+    try:
+        with _opened(content, ("JPEG",)) as file:
+            is_upright = file.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT
+            has_mode = file.mode in (
+                "L",
+                MODES[channels],
+            )  # gray in colour is repeated, colour in gray is rounded otherwise
+            return type(file) is JpegImagePlugin.JpegImageFile and has_mode and is_upright
+    except Exception:  # what PIL raises for a damaged header, or damaged EXIF data
+        return False
 
 
 def _turn_upright(file: Image.Image) -> None:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
+from train.augment import Normalize
 from train.evaluation import Findings, Mistake
-from train.samplers import Collate
 
 TRAIN, VAL, RATE, SPEED = "#4477AA", "#EE6677", "#228833", "#AA3377"  # Paul Tol's bright palette, colour-blind safe
 FEW_CLASSES = 25  # up to this number, a confusion matrix shows names and counts
@@ -36,15 +36,15 @@ def attempt(draw: Callable[..., None], *arguments: Any) -> None:
         log.warning(f"{arguments[-1]} could not be drawn ({type(error).__name__}: {error})")
 
 
-def draw_test(findings: Findings, names: Sequence[str], collate: Collate, directory: Path) -> None:
+def draw_test(findings: Findings, names: Sequence[str], normalize: Normalize, directory: Path) -> None:
     """Draw the confusion matrix and the mistakes of a test.
 
     Args:
         names: of the classes.
-        collate: has normalized the images, with its mean and std.
+        normalize: has normalized the images, with its mean and std.
         directory: where the files are written.
     """
-    mean, std = collate.mean, collate.std
+    mean, std = normalize.mean, normalize.std
     attempt(draw_confusion, findings.confusion, names, directory / "confusion.png")
     attempt(draw_mistakes, findings.mistakes, names, mean, std, directory / "mistakes.png")
 

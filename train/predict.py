@@ -104,7 +104,7 @@ def image_files(name: str) -> list[str]:
     return found.images
 
 
-def prepare(picture: Image.Image, data: ImageData) -> Tensor:
+def prepare(picture: Image.Image | Tensor, data: ImageData) -> Tensor:
     """Return a batch of one (1, C, H, W), prepared like a test image and resized to the network's input."""
     image = to_image(picture)
     for transform in data.eval_transforms:
@@ -112,8 +112,7 @@ def prepare(picture: Image.Image, data: ImageData) -> Tensor:
     size = list(data.collate.image_shape[1:])
     if list(image.shape[1:]) != size:
         image = resize(image, size, antialias=True)
-    batch, _ = data.collate([(image, 0)])
-    return batch
+    return data.normalize(image.as_subclass(Tensor)[None])
 
 
 class _Unreadable(str):
@@ -132,7 +131,7 @@ def _files(name: str) -> list[str]:
         return [unreadable]
 
 
-def _prepared(file: str, read: Callable[[str], Image.Image], data: ImageData) -> Tensor | str:
+def _prepared(file: str, read: Callable[[str], Tensor], data: ImageData) -> Tensor | str:
     """Return an image as a batch of one, or the reason why it cannot be read."""
     if isinstance(file, _Unreadable):
         return file.reason

@@ -102,7 +102,7 @@ def publish(
     directory = Path(config.run_dir)
     record = (directory, figures, command(), environment(trainer), OmegaConf.to_yaml(config))
     write_report(*record)
-    pictures.draw_test(findings, data.class_names(), data.collate, directory)
+    pictures.draw_test(findings, data.class_names(), data.normalize, directory)
     path = write_report(*record)  # with the pictures
     drawn = [directory / name for name in PICTURES if (directory / name).exists()]
     for logger in trainer.loggers:

@@ -17,10 +17,8 @@ from train.norms import Norm
 COURSE = (
     *("seed", "model", "norm", "optimizer", "scheduler", "mixing", "label_smoothing"),
     *("finetune", "callbacks.ema", "callbacks.recalibrate"),
-    *(
-        f"data.{name}"
-        for name in ("source", "train_transforms", "batch_transforms", "val_fraction", "num_train", "shuffle", "seed")
-    ),
+    *(f"data.{name}" for name in ("source", "train_transforms", "batch_transforms", "reduce", "val_fraction")),
+    *(f"data.{name}" for name in ("num_train", "shuffle", "seed")),
     *(f"data.{name}" for name in ("global_batch_size", "batch_size_per_rank")),
     *(f"data.{name}" for name in ("num_classes", "in_channels", "image_size", "mean", "std")),
     *(f"trainer.{name}" for name in ("precision", "accumulate_grad_batches", "limit_train_batches", "overfit_batches")),

@@ -5,16 +5,17 @@ padded, dropped or repeated: if a global batch has fewer images than there are r
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, TensorDataset
-from torchvision.transforms.v2.functional import normalize, to_dtype, to_image
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_image
 
 from train.datasets import image_name
 from train.distenv import Refusal
-from train.images import unreadable
+from train.images import cropped, decoded, unreadable
 from train.rng import mix, seeded
 
 
@@ -92,28 +93,64 @@ class PreparedImages(Dataset):
     generator, as torchvision's do.
 
     Args:
-        dataset: yields (image, label); the image is a PIL image or a tensor (C, H, W).
+        dataset: yields (image, label); the image is a PIL image, a tensor (C, H, W), or a JPEG file (bytes,).
         transforms: torchvision transforms, applied in this order.
         seed: seed of the augmentation.
+        channels: of the images, to decode JPEGs.
+        reduce: whether JPEGs are decoded at a fraction of their size if the first transform takes a small random crop.
     """
 
-    def __init__(self, dataset: Dataset, transforms: Sequence[nn.Module] = (), seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        transforms: Sequence[nn.Module] = (),
+        seed: int = 0,
+        channels: int = 3,
+        reduce: bool = False,
+    ) -> None:
         self.dataset = dataset
-        self.transforms = transforms
+        self.transforms = list(transforms)
         self.seed = seed
+        self.channels = channels
+        self.reduces = reduce and bool(transforms) and type(self.transforms[0]) is v2.RandomResizedCrop
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        index, epoch = key
+        image, label = self.read(key[0])
+        return self.transformed(image, key), label
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """Return an image as the data set has it, and its label.
+
+        Raises:
+            Refusal: the image cannot be read.
+        """
         try:
             image, label = self.dataset[index]
-            image = to_image(image)
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a damaged file
             raise unreadable(image_name(self.dataset, index), error) from None
-        if self.transforms:
-            with seeded(self.seed, epoch, index):
-                for transform in self.transforms:
-                    image = transform(image)
         return image, int(label)
+
+    def transformed(self, image: Any, key: tuple[int, int]) -> Tensor:
+        """Return an image (C, H, W) after its transforms, on the device of a decoded tensor.
+
+        Raises:
+            Refusal: the image is a JPEG file that cannot be decoded.
+        """
+        index, epoch = key
+        is_file = isinstance(image, Tensor) and image.ndim == 1
+        if is_file and not self.reduces:
+            image = decoded([image], self.channels, torch.device("cpu"), [image_name(self.dataset, index)])[0]
+        if not self.transforms:
+            return to_image(image)
+        with seeded(self.seed, epoch, index):
+            first, *others = self.transforms
+            if is_file and self.reduces:
+                image = cropped(image, first, self.channels, image_name(self.dataset, index))
+            else:
+                image = first(to_image(image))
+            for transform in others:
+                image = transform(image)
+        return image
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> "list[tuple[Tensor, int]] | Stacked":
         """Return several samples; those of a TensorDataset without transforms are indexed at once."""
@@ -134,27 +171,23 @@ class Stacked(NamedTuple):
 
 
 class Collate:
-    """Stacks and normalizes samples to images (N, C, H, W) and labels (N,); N may be 0.
+    """Stacks samples to images (N, C, H, W) and labels (N,); N may be 0.
 
     Args:
         image_shape: (C, H, W), the shape of an empty batch's images.
-        mean, std: per channel, for values from 0 to 1.
     """
 
-    def __init__(self, image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, image_shape: Sequence[int]) -> None:
         self.image_shape = tuple(image_shape)
-        self.mean, self.std = list(mean), list(std)
 
     def __call__(self, samples: list[tuple[Tensor, int]] | Stacked) -> tuple[Tensor, Tensor]:
-        """Return images as float32 and labels as int64."""
+        """Return images in the dtype they have, bytes if there are none, and labels as int64."""
         if isinstance(samples, Stacked):
-            images, labels = samples.images, samples.labels.long()
-        else:
-            labels = torch.tensor([label for _, label in samples], dtype=torch.long)
-            if not samples:
-                return torch.empty(0, *self.image_shape), labels
-            images = torch.stack(_of_one_shape([image.as_subclass(Tensor) for image, _ in samples]))
-        return normalize(to_dtype(images, torch.float32, scale=True), self.mean, self.std), labels
+            return samples.images, samples.labels.long()
+        labels = torch.tensor([label for _, label in samples], dtype=torch.long)
+        if not samples:
+            return torch.empty(0, *self.image_shape, dtype=torch.uint8), labels
+        return torch.stack(_of_one_shape([image.as_subclass(Tensor) for image, _ in samples])), labels
 
 
 def _of_one_shape(images: list[Tensor]) -> list[Tensor]:
