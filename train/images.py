@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, JpegImagePlugin, Unidentif
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_image
 
 from train import distenv
@@ -38,10 +38,7 @@ ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF 2.3, 4.6.4
 END_OF_JPEG = b"\xff\xd9"
 REDUCTIONS = (8, 4, 2)  # factors at which libjpeg decodes
 GAP = 2  # no difference is seen above this `reducing_gap`, says PIL's documentation of `Image.resize`
-RESAMPLING = {
-    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
-    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
-}
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 KINDS = 5  # extensions that a note names
@@ -148,7 +145,7 @@ def cropped(content: Tensor, crop: v2.RandomResizedCrop, channels: int, name: st
         top, left, rows, columns = (box[key] for key in ("top", "left", "height", "width"))
         least = min(rows / crop.size[0], columns / crop.size[1]) / GAP
         factor = next((factor for factor in REDUCTIONS if factor <= least), 1)
-        resample = RESAMPLING.get(crop.interpolation)
+        resample = RESAMPLING.get(getattr(crop.interpolation, "value", crop.interpolation))  # a string since 0.29
         if factor == 1 or resample is None or not crop.antialias:
             return crop.transform(decoded([content], channels, torch.device("cpu"), [name])[0], box)
         try:

@@ -58,6 +58,7 @@ def check_launch(config: DictConfig) -> None:
     """Raise Refusal, on every rank, for values that contradict the launcher, the machine or each other."""
     check_devices(config)
     check_processes(config)
+    _check_decoder(config)
     _check_derived(config)
     _check_length(config)
     _check_monitors(config)
@@ -76,6 +77,14 @@ def check_devices(config: DictConfig) -> None:
         raise Refusal(
             f"trainer.precision={trainer.precision} needs a GPU, as CPUs train in bfloat16: use "
             "trainer.precision=bf16-mixed or 32-true"
+        )
+
+
+def _check_decoder(config: DictConfig) -> None:
+    """Refuse to decode on a GPU without one."""
+    if config.data.get("decode") == "gpu" and config.trainer.accelerator != "gpu":
+        raise Refusal(
+            f"data.decode=gpu needs a GPU, and trainer.accelerator is {config.trainer.accelerator}: use torchvision"
         )
 
 
