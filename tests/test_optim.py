@@ -1,9 +1,12 @@
 """Which parameters have weight decay, how the rate depends on the batch size, and the LR schedules."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from train import run
 from train.optim import build_optimizer, one_cycle, parameter_groups, warmup_cosine, warmup_steps
 
 
@@ -28,6 +31,40 @@ def test_frozen_parameters_are_left_out():
 def test_the_rate_grows_with_the_global_batch():
     optimizer = build_optimizer(small_model(), factory=torch.optim.SGD, global_batch_size=64, lr_per_256=0.4)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_parameters_are_updated_by_one_kernel_where_torch_has_it(kind):
+    values = {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = small_model().double()
+        optimizer = build_optimizer(
+            model, factory=kind, global_batch_size=256, lr_per_256=0.1, weight_decay=0.1, fused=fused
+        )
+        assert all(bool(group["fused"]) == fused for group in optimizer.param_groups)
+        for _ in range(3):
+            model(torch.randn(5, 1, 4, 4).double()).square().mean().backward()
+            optimizer.step()
+        values[fused] = torch.cat([parameter.flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(values[True], values[False])
+
+
+def own_optimizer(groups, lr):
+    return torch.optim.SGD(groups, lr=lr)
+
+
+@pytest.mark.parametrize("factory", [partial(torch.optim.SGD, foreach=True), own_optimizer, torch.optim.RMSprop])
+def test_an_implementation_that_was_chosen_or_is_the_only_one_is_kept(factory):
+    optimizer = build_optimizer(small_model(), factory=factory, global_batch_size=256, lr_per_256=0.1)
+    assert not optimizer.defaults.get("fused")
+
+
+def test_float16_with_clipping_is_not_fused():
+    for precision, clip, is_fused in (("16-mixed", 1.0, False), ("16-mixed", "null", True), ("bf16-mixed", 1.0, True)):
+        config = run.compose([f"trainer.precision={precision}", f"trainer.gradient_clip_val={clip}", "model.width=4"])
+        model, _ = run.build_model(config)
+        assert bool(model.make_optimizer(model.network).defaults.get("fused")) == is_fused
 
 
 def rates(total_steps, **options):

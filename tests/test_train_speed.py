@@ -4,11 +4,15 @@ import tempfile
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from ranks import run_ranks
-from test_train_on_ranks import SMALL, StepLosses, as_torchrun, build, step_losses
+from test_no_host_sync import NoHostSync
+from test_train_on_ranks import SMALL, StepLosses, as_torchrun, build, step_losses, step_losses_on_a_rank
 
 from train import run
 from train.augment import CropAndFlip
+from train.callbacks import Throughput
+from train.loader import ImageLoader
 from train.mixing import Mixing
 from train.timing import TimeShares, _collective_seconds
 
@@ -88,6 +92,65 @@ def test_mixed_labels_are_probabilities_and_depend_on_the_key_alone(alphas):
     assert not torch.equal(mixed, other)
     empty, none = mixing(images[:0], labels[:0], 1, 2)
     assert (len(empty), none.shape) == (0, (0, 4))
+
+
+def test_options_of_ddp_change_nothing_but_the_speed():
+    (expected, static, copies), _ = run_ranks(
+        2,
+        step_losses_on_a_rank,
+        [
+            FIVE,
+            (*FIVE, "trainer.strategy.static_graph=true"),
+            (*FIVE, "+trainer.strategy.gradient_as_bucket_view=false"),
+        ],
+    )
+    assert expected == static == copies
+    assert len(expected) == 5
+
+
+class WithoutWaiting(Callback):
+    """Lets every step but the first fail if the host reads a value of a tensor, for which it would wait for a GPU.
+
+    Args:
+        reads: whether to read one.
+    """
+
+    def __init__(self, reads):
+        self.reads = reads
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:  # the loggers have learned which metrics there are
+            self.ddp = trainer.strategy.model
+            self.check = NoHostSync()
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if self.reads and trainer.global_step > 1:
+            float(pl_module.step_sums[0])
+
+    def on_train_end(self, trainer, pl_module):
+        self.check.close()
+
+
+def steps_without_waiting(reads):
+    as_torchrun()
+    trainer, model, data = build("norm=local", "trainer.max_steps=4", "trainer.log_every_n_steps=100")
+    waits = WithoutWaiting(reads)
+    trainer.callbacks = [waits, *trainer.callbacks, Throughput()]
+    batches = ImageLoader.__iter__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageLoader, "__iter__", lambda loader: iter(list(batches(loader))))  # reads, on the host
+        patch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # with which Lightning tidies up after an error
+        try:
+            trainer.fit(model, datamodule=data)
+        except AssertionError as error:
+            waits.check.close()
+            return str(error)
+    return trainer.global_step, waits.ddp.gradient_as_bucket_view
+
+
+def test_a_step_of_the_trainer_reads_nothing_back():
+    assert run_ranks(2, steps_without_waiting, False) == [(4, True)] * 2
+    assert all("__float__ reads a tensor" in error for error in run_ranks(2, steps_without_waiting, True))
 
 
 class Event:

@@ -94,7 +94,7 @@ class Throughput(Callback):
         elif (batch_idx + 1) % self.every_n_steps == 0:
             _finish(trainer)
             speed = self._images / (time.perf_counter() - self._start)
-            pl_module.log("images_per_second_step", speed, prog_bar=True, logger=False, batch_size=1)
+            pl_module.log("images_per_second_step", speed, logger=False, batch_size=1)
         self._batch_end = time.perf_counter()
 
     @staticmethod
@@ -154,7 +154,7 @@ class EpochBars(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:  # type: ignore[override]
         """Return the metrics to display."""
         if trainer.is_last_batch or time.monotonic() > self._read_at + SECONDS_BETWEEN_FIGURES:
-            known = trainer.progress_bar_metrics
+            known = trainer.callback_metrics
             self._figures = {short: f"{known[name]:.4g}" for name, short in self.names.items() if name in known}
             self._read_at = time.monotonic()
         return self._figures

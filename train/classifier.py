@@ -78,8 +78,8 @@ class ImageClassifier(LightningModule):
         config: configuration of the run; every checkpoint stores it, so that the run can be rebuilt from the file.
 
     Attributes:
-        step_sums: (5,) sums over all ranks in the last training step: those of `Tally.names`, and the number of ranks
-            that were asked to stop.
+        step_sums: (5,) sums over all ranks in the last training step, after its backward: those of `Tally.names`, and
+            the number of ranks that were asked to stop.
         stop_requested: whether this rank has been asked to stop.
     """
 
@@ -106,6 +106,7 @@ class ImageClassifier(LightningModule):
         self.config = config
         self.train_tally, self.val_tally, self.test_tally = Tally(over_ranks=False), Tally(), Tally()
         self.step_sums: Tensor | None = None
+        self._summed: dist.Work | None = None  # the all-reduce of `step_sums`
         self.stop_requested = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,16 +144,23 @@ class ImageClassifier(LightningModule):
         loss_sum = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
         stop = labels.new_full((), self.stop_requested, dtype=torch.float64)
         world = torch.stack([loss_sum.detach().double(), *_counts(logits, labels), stop])
-        if self.trainer.world_size > 1:
-            dist.all_reduce(world)
+        self._summed = dist.all_reduce(world, async_op=True) if self.trainer.world_size > 1 else None
         self.step_sums = world
+        return loss_sum * (self.trainer.world_size / self._images_of_share(batch_idx))
+
+    def on_after_backward(self) -> None:
+        """Log the step over all ranks; the sums are on their way during backward."""
+        if self._summed is not None:
+            self._summed.wait()
+        world = self.step_sums
+        assert world is not None
         self.train_tally.update(*world[:4])
+        # with `prog_bar` Lightning would read them after every step, and wait for it
         for name, figure in (("loss", world[0]), ("accuracy", world[1])):
-            self.log(f"train_{name}_step", figure / world[3], on_step=True, prog_bar=True, batch_size=1)
+            self.log(f"train_{name}_step", figure / world[3], on_step=True, batch_size=1)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         # Lightning would copy a Python number to the device, and wait for the copy
         self.log("lr", torch.full((), rate, device=self.device), on_step=True, batch_size=1)
-        return loss_sum * (self.trainer.world_size / self._images_of_share(batch_idx))
 
     def _images_of_share(self, batch_idx: int) -> float:
         """Return the number of images in one step, divided by `accumulate_grad_batches` as Lightning does."""
@@ -224,10 +232,7 @@ class ImageClassifier(LightningModule):
         figures = tally.compute()
         tally.reset()
         for name in ("loss", "accuracy", *more):
-            shown = name == "accuracy"
-            self.log(
-                f"{part}_{name}", figures[name].double(), on_step=False, on_epoch=True, batch_size=1, prog_bar=shown
-            )
+            self.log(f"{part}_{name}", figures[name].double(), on_step=False, on_epoch=True, batch_size=1)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The optimizer and its LR schedulers: no decay on norms and biases, a rate per 256 images, a change every step."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 RATE_IMAGES = 256
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # arguments of torch's optimizers
 
 
 def parameter_groups(
@@ -40,6 +42,7 @@ def build_optimizer(
     lr_per_256: float,
     weight_decay: float = 0.0,
     rates: Mapping[str, float] | None = None,
+    fused: bool = True,
 ) -> Optimizer:
     """Return the optimizer of a model.
 
@@ -49,9 +52,17 @@ def build_optimizer(
         lr_per_256: learning rate for 256 images; the rate is proportional to the batch (Goyal et al. 2017).
         weight_decay: for all parameters except norms and biases.
         rates: factor on the learning rate by name of the parameter; 1 by default.
+        fused: whether to use torch's kernel that updates all parameters at once, if the optimizer has one and `factory`
+            chooses no implementation.
     """
     lr = lr_per_256 * global_batch_size / RATE_IMAGES
-    return factory(parameter_groups(model, weight_decay, lr, rates), lr=lr)
+    options: dict[str, Any] = {"fused": True} if fused and _may_be_fused(factory) else {}
+    return factory(parameter_groups(model, weight_decay, lr, rates), lr=lr, **options)
+
+
+def _may_be_fused(factory: Callable[..., Optimizer]) -> bool:
+    chosen = factory.keywords if isinstance(factory, partial) else {}
+    return "fused" in inspect.signature(factory).parameters and not chosen.keys() & IMPLEMENTATIONS
 
 
 def warmup_cosine(

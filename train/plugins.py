@@ -79,7 +79,13 @@ class Restartable(DDPStrategy):
         super().setup_distributed()
 
 
-def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameters: bool = False) -> Strategy | str:
+def strategy(
+    accelerator: str,
+    timeout_minutes: float = 5,
+    find_unused_parameters: bool = False,
+    static_graph: bool = False,
+    gradient_as_bucket_view: bool = True,
+) -> Strategy | str:
     """Return DDP for several ranks (NCCL on GPUs, gloo on CPUs), and "auto" for one.
 
     DDP does not broadcast buffers before every forward: synchronized running statistics are equal anyway, and
@@ -88,6 +94,9 @@ def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameter
     Args:
         accelerator: "gpu" or "cpu".
         timeout_minutes: how long a collective waits for a rank before the run fails.
+        find_unused_parameters, static_graph: those of DDP, which with the latter knows after one step which
+            parameters are used, and in which order.
+        gradient_as_bucket_view: whether the gradients are parts of the buffers that DDP sends, not copies of them.
     """
     if distenv.world_size() == 1:
         return "auto"
@@ -98,5 +107,7 @@ def strategy(accelerator: str, timeout_minutes: float = 5, find_unused_parameter
     return Restartable(
         process_group_backend="nccl" if accelerator == "gpu" else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
+        static_graph=static_graph,
+        gradient_as_bucket_view=gradient_as_bucket_view,
         **options,
     )

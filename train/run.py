@@ -71,9 +71,12 @@ def build_model(config: DictConfig, needs_weights: bool = True) -> tuple[ImageCl
         torch._dynamo.config.recompile_limit = 64  # for training, evaluation, and batches of one image or none
         network.compile(fullgraph=is_own)
     images_per_update = data.global_batch_size * config.trainer.accumulate_grad_batches
+    # a fused optimizer divides by the scale of float16 itself, after Lightning would have clipped
+    cannot_be_fused = str(config.trainer.precision) == "16-mixed" and config.trainer.gradient_clip_val
+    options = ({"rates": rates} if rates else {}) | ({"fused": False} if cannot_be_fused else {})
     model = ImageClassifier(
         network,
-        partial(instantiate(config.optimizer, global_batch_size=images_per_update), rates=rates),
+        partial(instantiate(config.optimizer, global_batch_size=images_per_update), **options),
         instantiate(config.scheduler),
         label_smoothing=config.label_smoothing,
         mixing=instantiate(config.mixing),
