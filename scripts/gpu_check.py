@@ -260,13 +260,65 @@ def benchmark(device: str) -> str:
     return "; ".join(lines) or "dry run"
 
 
+def loading(device: str) -> str:
+    """Batches that are copied ahead and files that the device decodes equal those on the host."""
+    try:
+        from torchvision.transforms import v2
+
+        from train import images
+        from train.augment import Normalize
+        from train.datasets import ClassFolders
+        from train.loader import ImageLoader
+        from train.samplers import Collate, GlobalBatchSampler, PreparedImages
+    except ImportError as error:
+        raise Skipped(f"the trainer's packages are missing: {error}") from None
+    batches = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, picture in enumerate(_pictures(40)):
+            path = Path(folder, f"class{number % 2}", f"{number}.jpg")
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        for name, where, decoder in (
+            ("host", "cpu", "torchvision"),
+            ("copied", device, "torchvision"),
+            ("decoded", device, "gpu"),
+        ):
+            data = ClassFolders(folder, 3)
+            data.loader = images.reader(3, decoder)
+            sampler = GlobalBatchSampler(len(data), 8, rank=0, world_size=1, shuffle=True)
+            own = ImageLoader(
+                PreparedImages(data, [v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip()]),
+                Collate((3, 64, 64)), check=lambda *_: None, device=torch.device(where),
+                decode_channels=3 if decoder == "gpu" else None, batch_sampler=sampler, num_workers=2,
+            )  # fmt: skip
+            normalize = Normalize([0.4, 0.5, 0.6], [0.2] * 3)
+            batches[name] = [(normalize(pixels).cpu(), labels.cpu()) for pixels, labels in own]
+    decoded = 0.0
+    for (pixels, labels), (copied, its), (other, its_own) in zip(*batches.values(), strict=True):
+        assert torch.equal(labels, its)
+        assert torch.equal(labels, its_own)
+        torch.testing.assert_close(copied, pixels, rtol=1e-6, atol=1e-6)
+        decoded = max(decoded, (other - pixels).abs().mean().item() * 0.2 * 255)
+    assert decoded < 3, f"pixels decoded on the device differ by {decoded:.2f} of 255 on average"
+    return f"copied batches equal those on the host; pixels decoded on the device differ by {decoded:.2f} of 255"
+
+
 PARTS: dict[str, Callable[[str], str]] = {
     "environment": environment, "contract": contract_of_the_steps, "accuracy": accuracy, "determinism": determinism,
     "layers": layers, "no_host_sync": no_host_sync, "cuda_graph": cuda_graph, "gloo_ranks": gloo_ranks,
     "gloo_against_torch": gloo_against_torch, "nccl": nccl, "compile": compiled, "large": large,
-    "sanitizer": sanitizer, "benchmark": benchmark,
+    "sanitizer": sanitizer, "loading": loading, "benchmark": benchmark,
 }  # fmt: skip
 OUTPUT = ROOT / "benchmarks" / "gpu"
+
+
+def _pictures(count: int) -> Iterator[Any]:
+    """Yield smooth images of 240 x 320 pixels."""
+    from PIL import Image
+
+    for seed in range(count):
+        small = np.random.default_rng(seed).integers(256, size=(8, 10, 3), dtype=np.uint8)
+        yield Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC)
 
 
 def unit_of(num_features: int) -> syncbn.NormActConv:

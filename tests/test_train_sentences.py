@@ -51,7 +51,7 @@ def test_a_full_gpu_says_what_to_change():
 
 
 def test_images_of_different_sizes_are_refused_with_both():
-    collate = Collate((3, 8, 8), [0.5], [0.5])
+    collate = Collate((3, 8, 8))
     with pytest.raises(Refusal, match="must have one size, got 3 x 8 x 8 and 3 x 9 x 8: resize or crop"):
         collate([(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 1)])
 

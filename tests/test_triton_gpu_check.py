@@ -17,7 +17,7 @@ import gpu_check
 
 @pytest.mark.usefixtures("interpreter")
 def test_a_dry_run_passes_and_leaves_a_log_a_summary_and_rows(tmp_path, capsys):
-    parts = ["environment", "contract", "accuracy", "determinism", "cuda_graph", "benchmark"]
+    parts = ["environment", "contract", "accuracy", "determinism", "cuda_graph", "loading", "benchmark"]
     assert gpu_check.main(["--device", "cpu", "--output", str(tmp_path), "--parts", *parts]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(result["part"], result["status"]) for result in results] == [
