@@ -294,7 +294,7 @@ def measure(script: Path, jobs: list[Row], ranks: int) -> list[Row]:
             for process, answer in processes:
                 if process.wait() != 0:
                     raise SystemExit(f"error: a job of {script.name} failed, see above")
-                found |= {index: rows for index, rows in map(json.loads, answer.read_text().splitlines())}
+                found |= dict(map(json.loads, answer.read_text().splitlines()))
     return [row for index in sorted(found) for row in found[index]]
 
 

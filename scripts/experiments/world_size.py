@@ -102,8 +102,8 @@ def sentence(rows):
     least = min(r["difference"] for r in differences(rows) if r["norm"] == "local")
     agrees = worst["sync", "64-true"] < 1e-9 < least
     return (
-        f"The claim {'holds' if agrees else 'does not hold'}: over {steps} steps on up to {most} ranks, the losses with "
-        f"SyncBN differ by at most {worst['sync', '64-true']:.0e} in float64 and {worst['sync', '32-true']:.0e} in "
+        f"The claim {'holds' if agrees else 'does not hold'}: over {steps} steps on up to {most} ranks, the losses "
+        f"with SyncBN differ by at most {worst['sync', '64-true']:.0e} in float64 and {worst['sync', '32-true']:.0e} in "
         f"float32 from those on one rank; with local BN by {least:.2f} to {worst['local', '64-true']:.2f} in float64."
     )
 
