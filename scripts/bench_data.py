@@ -1,6 +1,6 @@
 """How many images per second do input pipelines make of the same JPEG files, with the same number of workers?
 
-    python scripts/bench_data.py                          # 8 minutes, on an idle machine
+    python scripts/bench_data.py                          # 20 minutes, on an idle machine
     python scripts/bench_data.py --image 640x480 --workers 4
 
 Compared are the trainer's `data=imagefolder` with its decoders, torchvision's reference recipe for classification with
