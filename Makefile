@@ -1,24 +1,30 @@
-# Targets that need .venv create it. NPROC and ARGS are passed to the trainer, WORKERS and ARGS to pytest:
+# Targets that need .venv create it. NPROC and ARGS are passed to the trainer, WORKERS and ARGS to pytest, DATA (the
+# directory of cifar-10-batches-py) to the experiments:
 #   make train NPROC=4 ARGS="norm=local trainer.max_epochs=5"
+#   make experiments DATA=DIR
 #   make test WORKERS=4 ARGS=tests/test_module.py
 PYTHON ?= python3
 NPROC ?= 2
 WORKERS ?= 2
 ARGS ?=
+DATA ?= data
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench clean
+.PHONY: help train test test-all check bench experiments clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 train: $(READY) ## train the default network with SyncBN on 2 ranks (digits, under 2 minutes)
 	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m train $(ARGS)
 
-test: check ## lint, type-check and run every test
+test: check ## lint, type-check and run the tests (under 10 minutes)
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(ARGS)
+
+test-all: check ## the same, with the slow tests as well (15 minutes)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m "slow or not slow" $(ARGS)
 
 check: $(READY) ## lint, format check and type check
 	$(BIN)/ruff check .
@@ -32,6 +38,11 @@ bench: $(READY) ## measure synchronization on this CPU: rows in benchmarks/, pic
 	$(BIN)/python scripts/bench_memory.py
 	$(BIN)/python scripts/accuracy_numerics.py
 	$(BIN)/python scripts/scaling_model.py
+
+experiments: $(READY) ## repeat every experiment: rows in benchmarks/experiments/, pages in docs/experiments/ (90 minutes)
+	@for script in $(filter-out %/lab.py,$(wildcard scripts/experiments/*.py)); do \
+		$(BIN)/python $$script --data "$(DATA)" || exit 1; \
+	done
 
 clean: ## remove the environment, caches and run directories
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache outputs multirun

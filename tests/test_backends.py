@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contract import CASES, Case, check_training_step, check_variance
+from slow import all_but
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +49,10 @@ def test_the_ops_on_cpu_in_turn_are_a_training_pass(case, longest_run, monkeypat
 SMALLER = {(2, 3, 64, 40): (2, 3, 16, 40), (5, 6, 13, 31): (3, 6, 5, 31)}  # shapes that take the interpreter 10 s
 
 
-@pytest.mark.parametrize("case", [c._replace(shape=SMALLER.get(c.shape, c.shape)) for c in CASES], ids=str)
+INTERPRETED = [c._replace(shape=SMALLER.get(c.shape, c.shape)) for c in CASES]
+
+
+@pytest.mark.parametrize("case", all_but(INTERPRETED[::2], INTERPRETED), ids=str)
 def test_the_ops_of_triton_in_turn_are_a_training_pass(case, small_tiles, device):
     check_training_step(small_tiles, case, device)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from slow import all_but
 from torch.nn import functional as F
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -68,10 +69,10 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(how, split):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "norm, how",
-    [(torch.nn.BatchNorm2d, "compiled, reentrant"), (Shifted, "compiled"), (Functional, "compiled, reentrant")],
-)
+COMPILED = [(torch.nn.BatchNorm2d, "compiled, reentrant"), (Shifted, "compiled"), (Functional, "compiled, reentrant")]
+
+
+@pytest.mark.parametrize("norm, how", all_but(COMPILED[:1], COMPILED))
 def test_checkpointing_around_a_compiled_block_moves_statistics_once(norm, how):
     split = (3, 5)
     ranks = run_ranks(len(split), train, split, how, norm, collective_timeout_s=100)
@@ -80,6 +81,7 @@ def test_checkpointing_around_a_compiled_block_moves_statistics_once(norm, how):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_block_compiled_by_inductor_moves_statistics_once_too():
     torch.compiler.reset()
     model, twin, x = network().float(), network().float(), torch.randn(4, 2, 5, 5)

@@ -13,14 +13,13 @@ import syncbn
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, padding=1),
-        torch.nn.BatchNorm2d(8),
+        torch.nn.BatchNorm2d(3),
         torch.nn.ReLU(),
-        torch.nn.Conv2d(8, 4, 3, padding=1),
+        torch.nn.Conv2d(3, 4, 3, padding=1),
         torch.nn.BatchNorm2d(4, momentum=None),
     )
     model = syncbn.convert_sync_batchnorm(model)
-    model[4].activation = "silu"
+    model[3].activation = "silu"
     return model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from cli import TORCHRUN, TRAIN, start
+from cli import TORCHRUN, TRAIN, call, start
 from safetensors.torch import save_file
 from test_identity import write_images
 from torch import nn
@@ -331,7 +331,7 @@ RUN = [
 ]
 
 
-def test_a_network_is_fine_tuned_on_two_ranks_resumed_exactly_evaluated_used_and_exported(network, tmp_path):
+def test_a_network_is_fine_tuned_on_two_ranks_resumed_exactly_evaluated_used_and_exported(network, tmp_path, capsys):
     for part in ("train", "val"):
         write_images(tmp_path / "images" / part, ["apple", "pear"])
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -362,13 +362,12 @@ def test_a_network_is_fine_tuned_on_two_ranks_resumed_exactly_evaluated_used_and
     assert evaluated.returncode == 0, evaluated.stderr
     figures = json.loads((tmp_path / "outputs/whole/evaluation_last/evaluation.json").read_text())
     assert figures["total"] == 8
-    predicted = start(["-m", "train.predict", checkpoint, str(tmp_path / "images/val")], tmp_path)
-    assert predicted.returncode == 0, predicted.stderr
-    lines = [line.split("\t") for line in predicted.stdout.splitlines() if "\t" in line]
+    capsys.readouterr()
+    call("predict", [checkpoint, tmp_path / "images/val"])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
     assert sum(label == file.split("/")[-2] for file, label, _ in lines) == figures["correct"]
-    exported = start(["-m", "train.export", checkpoint, "format=onnx", "fold=true"], tmp_path)
-    assert exported.returncode == 0, exported.stderr
-    assert "differs by" in exported.stdout
+    call("export", [checkpoint, "format=onnx", "fold=true"])
+    assert "differs by" in capsys.readouterr().out
 
 
 def test_a_file_that_is_missing_ends_a_run_before_it_writes_anything(tmp_path):

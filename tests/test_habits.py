@@ -9,7 +9,6 @@ import pytest
 import torch
 from cli import TORCHRUN, TRAIN, start
 from lightning.pytorch import Callback
-from test_conf import CHOICES
 from torch.utils.data import Subset, TensorDataset
 
 from train import data_checks, distenv, errors, pictures, report, run, settings
@@ -285,11 +284,6 @@ def test_a_misspelt_choice_is_answered_with_the_nearest_one(override, nearest):
 def test_a_key_that_nothing_reads_is_refused_where_hydra_adds_it(override, sentence):
     with pytest.raises(Refusal, match=sentence):
         settings.check_keys(run.compose([override]))
-
-
-def test_every_configuration_file_has_only_keys_that_are_read():
-    for group, name in CHOICES:
-        settings.check_keys(run.compose([f"{group}={name}", "run_name=x"]))
 
 
 def test_hydra_s_own_advice_is_replaced_and_other_messages_are_kept(tmp_path):

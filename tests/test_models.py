@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from hydra.errors import InstantiationException
+from slow import all_but
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -64,7 +65,11 @@ def refusal(*overrides):
     return sentence
 
 
-@pytest.mark.parametrize("library, name", NETWORKS)
+QUICK = [("torchvision", name) for name in ("resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")]
+QUICK += [("timm", name) for name in ("resnet18d", "vit_tiny_patch16_224", "regnety_002")]
+
+
+@pytest.mark.parametrize("library, name", all_but(QUICK, NETWORKS))
 def test_a_network_takes_two_steps_is_validated_saved_and_evaluated(library, name, tmp_path):
     size, arguments = (TORCHVISION if library == "torchvision" else TIMM)[name]
     further = [f"+model.{key}={value}" for key, value in arguments.items()]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from ranks import run_ranks
+from slow import all_but
 
 import syncbn
 
@@ -65,7 +66,10 @@ def step_on_ranks(name: str) -> dict[str, np.ndarray]:
     return {key: value.numpy() for key, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm resnetv2_50"]
+
+
+@pytest.mark.parametrize("name", all_but(QUICK, NETWORKS))
 def test_a_step_on_uneven_ranks_equals_the_step_on_the_whole_batch(name):
     if name.startswith("timm "):
         pytest.importorskip("timm")

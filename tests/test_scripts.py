@@ -148,6 +148,7 @@ def test_bench_layer_counts_the_bytes_of_the_formula(tmp_path):
         assert float(row["collectives_ms"]) <= float(row["ms"])
 
 
+@pytest.mark.slow
 def test_bench_layer_checks_the_compiled_layer_too():
     x, grad_output = torch.randn(2, 4, 6, 3, 3)
     layer = bench_layer.candidates(6)[bench_layer.COMPILED]
@@ -175,6 +176,7 @@ def test_bench_model_measures_every_candidate(tmp_path):
     assert found["local BN"]["calls"] == "0"
 
 
+@pytest.mark.slow
 def test_bench_model_times_compiled_networks_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # seconds, not minutes
     arguments = ["--networks", "preact20", "--ranks", "1", "--batch", "4", "--image", "16", "--rounds", "1"]
@@ -460,6 +462,7 @@ def test_torchs_own_tests_of_batch_normalization_pass():
     assert all(word in page for word in ("has_sync_bn", "eps=0", "all_gather", "num_batches_tracked"))
 
 
+@pytest.mark.slow
 def test_torchs_own_tests_notice_a_wrong_variance():
     code, output = run_torch_tests("-c", SABOTAGE)
     assert code == 1

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from slow import all_but
 from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -94,7 +95,11 @@ def assert_close(found, expected) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+QUICK = ["torchvision resnet18", "torchvision mobilenet_v2", "torchvision googlenet", "torchvision r3d_18"]
+QUICK += ["timm mobilenetv3_small_050", "timm repvgg_a0", "timm skresnet18", "timm lcnet_050"]
+
+
+@pytest.mark.parametrize("network", all_but(QUICK, NETWORKS))
 def test_a_network_is_converted_traced_frozen_trained_and_reverted(network):
     plain, x = build(network)
     model = copy.deepcopy(plain)

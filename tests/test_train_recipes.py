@@ -4,6 +4,7 @@ import pytest
 from cli import REPOSITORY
 from lightning.pytorch import Callback
 from ranks import run_ranks
+from slow import all_but
 from test_train_on_ranks import as_torchrun
 
 from train import run
@@ -66,11 +67,14 @@ def two_steps(names):
     return seen
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_recipe_takes_two_steps(world_size):
-    names = ON_TWO_RANKS if world_size == 2 else [name for name in RECIPES if name not in ON_TWO_RANKS]
+ON_ONE_RANK = [(1, (name,)) for name in RECIPES if name not in ON_TWO_RANKS]
+QUICK = [(2, tuple(ON_TWO_RANKS)), (1, ("cifar10_preact18_one_cycle",)), (1, ("finetune",))]
+
+
+@pytest.mark.parametrize("world_size, names", all_but(QUICK, [QUICK[0], *ON_ONE_RANK]), ids=str)
+def test_every_recipe_takes_two_steps(world_size, names):
     sizes = [run.compose([f"experiment={name}", "run_name=x"]).data.image_size for name in names]
-    for rank in run_ranks(world_size, two_steps, names, timeout_s=500, collective_timeout_s=120):
+    for rank in run_ranks(world_size, two_steps, list(names), timeout_s=500, collective_timeout_s=120):
         for name, size, (steps, seen) in zip(names, sizes, rank, strict=True):
             assert steps == 2, name
             channels = seen[0][0][1]

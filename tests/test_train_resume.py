@@ -12,6 +12,7 @@ import torch
 from cli import TORCHRUN, TRAIN, popen, start
 from lightning.pytorch import Callback
 from ranks import run_ranks
+from slow import all_but
 
 from train import distenv, resume, run, stop
 from train.distenv import Refusal
@@ -258,8 +259,10 @@ def test_a_shorter_run_is_refused(first, then, message, tmp_path):
         fit(tmp_path, then, "resume=auto")
 
 
-@pytest.mark.parametrize("validated", [1, 0])
-@pytest.mark.parametrize("first, every", [(7, 1), (8, 1), (9, 1), (16, 1), (4, 2), (5, 2)])
+LIMITS = [(*limit, validated) for limit in [(7, 1), (8, 1), (9, 1), (16, 1), (4, 2), (5, 2)] for validated in (1, 0)]
+
+
+@pytest.mark.parametrize("first, every, validated", all_but(LIMITS[::3], LIMITS))
 def test_a_raised_limit_of_steps_continues_also_from_the_end_of_an_epoch(first, every, validated, tmp_path):
     more = [
         "trainer.max_epochs=-1",
