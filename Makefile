@@ -54,5 +54,5 @@ $(READY): pyproject.toml constraints.txt
 	@# the trainer is no part of the distribution: this environment finds it in the checkout, from any directory
 	@echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/syncbn-checkout.pth"
 	@# pip would compile on one core; some packages contain files for other Python versions, which do not compile
-	$(BIN)/python -m compileall -qq -j 0 .venv || true
+	$(BIN)/python -m compileall -qq -j 0 -x '/(tests|pip|mypy|setuptools)/' .venv || true
 	@touch $@

@@ -6,6 +6,7 @@ import torch._dynamo.exc
 import torch._inductor.config
 import torch.distributed as dist
 from ranks import run_ranks
+from slow import all_but
 
 import syncbn
 
@@ -23,13 +24,13 @@ def network() -> torch.nn.Module:
     return model
 
 
-def train(sizes: list[tuple[int, ...]]) -> list[dict[str, torch.Tensor]]:
+def train(sizes: list[tuple[int, ...]], backend: str) -> list[dict[str, torch.Tensor]]:
     """Return output, gradients and state of every step, eager and compiled; a third compilation raises."""
     found = []
     torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than the layer to compile
     for compiled in (False, True):
         model = network()
-        run = torch.compile(model, fullgraph=True) if compiled else model
+        run = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
         generator = torch.Generator().manual_seed(dist.get_rank())
         steps = {}
         for step, step_sizes in enumerate(sizes):
@@ -48,9 +49,10 @@ def train(sizes: list[tuple[int, ...]]) -> list[dict[str, torch.Tensor]]:
 SIZES = [(4, 4), (3, 5), (2, 7), (9, 3)]
 
 
-def test_compiled_training_equals_eager_training_for_every_batch_size_of_every_rank():
+@pytest.mark.parametrize("backend", all_but(["aot_eager"], ["aot_eager", "inductor"]))
+def test_compiled_training_equals_eager_training_for_every_batch_size_of_every_rank(backend):
     # Rounding errors of sums over the batch are relative to their largest element.
-    for eager, compiled in run_ranks(2, train, SIZES, timeout_s=400, collective_timeout_s=300):
+    for eager, compiled in run_ranks(2, train, SIZES, backend, timeout_s=400, collective_timeout_s=300):
         for name, expected in eager.items():
             atol = 1e-5 * expected.abs().max().item()
             torch.testing.assert_close(compiled[name], expected, rtol=1e-5, atol=atol, msg=name)

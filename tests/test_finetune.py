@@ -358,9 +358,8 @@ def test_a_network_is_fine_tuned_on_two_ranks_resumed_exactly_evaluated_used_and
     assert weights["network.fc.weight"].shape == (2, 512)
 
     checkpoint = f"checkpoint={tmp_path}/outputs/whole/checkpoints/last.ckpt"
-    evaluated = start([*TORCHRUN, "-m", "train.evaluate", checkpoint], tmp_path)
-    assert evaluated.returncode == 0, evaluated.stderr
-    figures = json.loads((tmp_path / "outputs/whole/evaluation_last/evaluation.json").read_text())
+    call("evaluate", [checkpoint, f"output={tmp_path}/found"])
+    figures = json.loads((tmp_path / "found/evaluation.json").read_text())
     assert figures["total"] == 8
     capsys.readouterr()
     call("predict", [checkpoint, tmp_path / "images/val"])

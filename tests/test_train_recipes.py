@@ -68,10 +68,11 @@ def two_steps(names):
 
 
 ON_ONE_RANK = [(1, (name,)) for name in RECIPES if name not in ON_TWO_RANKS]
-QUICK = [(2, tuple(ON_TWO_RANKS)), (1, ("cifar10_preact18_one_cycle",)), (1, ("finetune",))]
+ON_RANKS = [(2, (name,)) for name in ON_TWO_RANKS]
+QUICK = [*ON_RANKS[:2], (1, ("cifar10_preact18_one_cycle",)), (1, ("finetune",))]
 
 
-@pytest.mark.parametrize("world_size, names", all_but(QUICK, [QUICK[0], *ON_ONE_RANK]), ids=str)
+@pytest.mark.parametrize("world_size, names", all_but(QUICK, [*ON_RANKS, *ON_ONE_RANK]), ids=str)
 def test_every_recipe_takes_two_steps(world_size, names):
     sizes = [run.compose([f"experiment={name}", "run_name=x"]).data.image_size for name in names]
     for rank in run_ranks(world_size, two_steps, list(names), timeout_s=500, collective_timeout_s=120):

@@ -78,6 +78,7 @@ DEATHS = {  # the rank that dies and the step after which it dies: the snapshot 
 }
 
 
+@pytest.mark.slow
 def test_ranks_killed_in_three_lives_leave_no_trace_once_torchrun_has_restarted_the_run(uninterrupted, tmp_path):
     kill = f"+callbacks.kill={{_target_: saboteur.Killed, deaths: {[list(death) for death in DEATHS]}}}"
     done = start([*TORCHRUN, f"--max-restarts={len(DEATHS)}", *TRAIN, *STATEFUL, kill], tmp_path)
