@@ -167,7 +167,6 @@ def pretrained(norm, seed, epochs):
             "data.mean=[0.5]",
             "data.std=[0.25]",
             "data.train_transforms=[]",
-            "model.fused=false",
             f"trainer.max_epochs={epochs}",
             "+trainer.limit_val_batches=0",
         ]
