@@ -34,11 +34,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
 from scipy import stats  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 from torchvision.datasets import CIFAR10  # noqa: E402
 
 from train import console, datasets  # noqa: E402
 from train.classifier import ImageClassifier  # noqa: E402
 from train.data import ImageData  # noqa: E402
+from train.preact_resnet import NormFactory  # noqa: E402
 from train.run import build, compose  # noqa: E402
 
 __all__ = ["COLOURS", "tidy"]  # and what is defined below
@@ -57,7 +59,65 @@ SMALL_RESNET = [  # pre-activation ResNet with one unit in each of 3 stages: 7 n
     "+model.fused=false",  # for such small layers the fused unit takes three times as long
     "+model.in_channels=${data.in_channels}",
 ]
+CONVNET = ["model=own", "model._target_=lab.ConvNet", "+model.in_channels=${data.in_channels}"]
+ADAM = ["optimizer=adamw", "optimizer.weight_decay=0", "scheduler=constant"]
+SGD = ["optimizer.factory.nesterov=false", "optimizer.weight_decay=0", "scheduler=constant"]
+TRAINS_ONLY = ["+trainer.limit_val_batches=0"]
 Row = dict[str, Any]
+
+
+# --- networks -----------------------------------------------------------------------------------------------------
+
+
+class ConvNet(nn.Module):
+    """A plain network of 3x3 convolutions, each with a norm and ReLU, then the mean over pixels and a linear head.
+
+    Args:
+        norm_layer: `norm_layer(num_channels)` returns a normalization.
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        depths: convolutions of each stage; the first convolution of every stage but the first has stride 2.
+        width: channels of the first stage; every stage doubles them.
+        init_std: standard deviation of the initial weights; He initialization by default.
+        dropout: dropout probability after every stage.
+    """
+
+    def __init__(
+        self,
+        norm_layer: NormFactory,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        depths: Sequence[int] = (1, 1, 1),
+        width: int = 16,
+        init_std: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        has_bias = next(norm_layer(width).parameters(), None) is None
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for stage, depth in enumerate(depths):
+            for index in range(depth):
+                stride = 2 if stage and not index else 1
+                convolution = nn.Conv2d(channels, width * 2**stage, 3, stride, padding=1, bias=has_bias)
+                channels = convolution.out_channels
+                layers += [convolution, norm_layer(channels), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] * bool(dropout)
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                if init_std is None:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                else:
+                    nn.init.normal_(module.weight, std=init_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
+        return self.head(self.features(x).mean((2, 3)))
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -131,6 +191,33 @@ def train(overrides: Sequence[str], callbacks: Sequence[Callback] = (), test: bo
     )
 
 
+def rate(learning_rate: float, batch: int) -> list[str]:
+    """Return overrides for batches of `batch` images and this learning rate."""
+    return [f"data.global_batch_size={batch}", f"optimizer.lr_per_256={learning_rate * 256 / batch!r}"]
+
+
+@torch.no_grad()
+def logits(trained: Trained, part: str) -> tuple[Tensor, Tensor]:
+    """Return the logits (N, num_classes) and labels (N,) of the network in evaluation mode.
+
+    Args:
+        part: "train", for the training images in their order, or "test".
+    """
+    data = trained.data
+    dataset = data.train_set if part == "train" else data.test_set
+    network = trained.model.network.eval()
+    found = []
+    for images, labels in torch.utils.data.DataLoader(dataset, 500, collate_fn=data.collate):
+        found.append((network(data.normalize(images)), labels))
+    return torch.cat([scores for scores, _ in found]), torch.cat([labels for _, labels in found])
+
+
+def accuracy(trained: Trained, part: str) -> float:
+    """Return the accuracy in percent, see `logits`."""
+    scores, labels = logits(trained, part)
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
 @cache
 def _cifar10(root: str) -> datasets.Splits:
     return datasets.torchvision_dataset(root, factory=CIFAR10)
@@ -141,12 +228,18 @@ def cifar10(root: str, download: bool = False) -> datasets.Splits:
     return _cifar10(root)
 
 
-def small_cifar10(num_train: int, num_test: int = 10_000, augment: bool = False) -> list[str]:
-    """Return overrides for the first `num_test` test images and `num_train` training images, the same for all seeds."""
+def small_cifar10(num_train: int, num_test: int = 10_000, num_val: int = 0) -> list[str]:
+    """Return overrides for images that are the same for all seeds, without augmentation.
+
+    Args:
+        num_train, num_val: images of the training set to train and to validate with.
+        num_test: images at the beginning of the test set.
+    """
     root = os.environ.get("SYNCBN_DATA", "data")
     found = ["data=cifar10", "data.source._target_=lab.cifar10_subset", "~data.source.factory"]
-    found += [f"data.root={root}", f"+data.source.num_train={num_train}", f"+data.source.num_test={num_test}"]
-    return found if augment else [*found, "data.train_transforms=[]"]
+    found += [f"data.root={root}", f"+data.source.num_test={num_test}", "data.train_transforms=[]"]
+    total = num_train + num_val
+    return [*found, f"+data.source.num_train={total}", f"data.val_fraction={num_val / total!r}"]
 
 
 def cifar10_subset(root: str, download: bool = False, *, num_train: int, num_test: int) -> datasets.Splits:
