@@ -96,6 +96,7 @@ def test_the_installed_wheel_trains_beside_torch_and_numpy_alone(distributions, 
     assert run.stdout.startswith("trained "), run.stderr
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_sdist_pass(distributions, tmp_path):
     (sdist,) = distributions.glob("*.tar.gz")
     with tarfile.open(sdist) as file:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from cli import TORCHRUN, TRAIN, call, start
 from safetensors.torch import save_file
+from slow import all_but
 from test_identity import write_images
 from torch import nn
 
@@ -111,7 +112,10 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("library, name", [(library, name) for library in HEADS for name in HEADS[library]])
+QUICK = [("torchvision", "mobilenet_v3_small"), ("timm", "levit_128s")]
+
+
+@pytest.mark.parametrize("library, name", all_but(QUICK, [(kind, name) for kind in HEADS for name in HEADS[kind]]))
 def test_the_head_of_other_networks_is_found_and_the_backbone_can_be_frozen(library, name, tmp_path):
     size = ["data.image_size=64"] if name == "levit_128s" else []
     overrides = ["data=fake", "run_name=x", f"model={library}", f"model.name={name}", *size]
@@ -331,6 +335,7 @@ RUN = [
 ]
 
 
+@pytest.mark.slow
 def test_a_network_is_fine_tuned_on_two_ranks_resumed_exactly_evaluated_used_and_exported(network, tmp_path, capsys):
     for part in ("train", "val"):
         write_images(tmp_path / "images" / part, ["apple", "pear"])

@@ -252,6 +252,7 @@ def test_parameters_are_not_counted():
     assert bench_memory.saved_bytes(torch.nn.Linear(7, 3), x) == x.nbytes
 
 
+@pytest.mark.slow
 def test_a_fused_layer_keeps_its_input_and_per_channel_values_alone(tmp_path):
     arguments = ["--shape", "8x16x12x12", "--networks", "preact50", "--batch", "2", "--image", "64"]
     rows = run_script(bench_memory.main, tmp_path, *arguments)
@@ -452,6 +453,7 @@ def run_torch_tests(*arguments: str) -> tuple[int, str]:
     return run.returncode, run.stdout
 
 
+@pytest.mark.slow
 def test_torchs_own_tests_of_batch_normalization_pass():
     code, output = run_torch_tests("scripts/torch_tests.py")
     passed, differs, failed = (int(n) for n in re.search(r"(\d+) passed, (\d+) differs, (\d+) failed", output).groups())

@@ -25,6 +25,7 @@ SMALL = [
     "+trainer.enable_checkpointing=false",
     "+trainer.enable_progress_bar=false",
     "+trainer.max_steps=30",
+    "trainer.log_every_n_steps=1",
     "+trainer.limit_val_batches=0",
 ]
 

@@ -156,7 +156,7 @@ class ImageClassifier(LightningModule):
         assert world is not None
         self.train_tally.update(*world[:4])
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return  # nobody reads these figures; Lightning takes a millisecond to note each
+            return  # no logger reads these figures; Lightning takes a millisecond to note each
         # with `prog_bar` Lightning would read them after every step, and wait for it
         for name, figure in (("loss", world[0]), ("accuracy", world[1])):
             self.log(f"train_{name}_step", figure / world[3], on_step=True, batch_size=1)

@@ -1,0 +1,66 @@
+"""The pages are correct: their programs run, their commands compose, and their links exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from train import run
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+ON_RANKS = ("integrations.md", "troubleshooting.md")  # their programs run on two ranks, see test_guides
+KNOWN = {"python", "bash", "two-ranks", "toctree", "automodule", "eval-rst", "figure"}
+
+
+def blocks(page):
+    """Return the blocks of a page: language, line and text."""
+    text = page.read_text()
+    found = re.finditer(r"^```\{?([\w-]*)\}?[^\n]*\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(match[1], text[: match.start(2)].count("\n"), match[2]) for match in found]
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+WITH_PYTHON = [p for p in PAGES if p.name not in ON_RANKS and any(b[0] == "python" for b in blocks(p))]
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for page in PAGES
+        for language, _, text in blocks(page)
+        if language == "bash"
+        for line in text.replace("\\\n", " ").splitlines()
+        if re.search(r"-m train(\s|$)", line.split("#")[0])
+    }
+)
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
+def test_the_python_blocks_of_a_page_run_one_after_the_other(page):
+    namespace = {"__name__": "__main__"}
+    for language, line, text in blocks(page):
+        if language == "python":
+            exec(compile("\n" * line + text, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_is_of_a_kind_that_a_test_runs(page):
+    assert {language for language, _, _ in blocks(page)} <= KNOWN
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_overrides_of_every_training_command_compose(command):
+    words = shlex.split(command)
+    overrides = [word for word in words[words.index("train") + 1 :] if "=" in word and not word.startswith("--")]
+    choices = [re.sub(r",(?![^\[{]*[\]}]).*", "", word) for word in overrides]  # the first value of a sweep
+    assert run.compose(choices).data is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_linked_file_exists(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#]+)", prose):
+        assert target.startswith("http") or (page.parent / target).exists(), f"{name(page)}: {target}"
