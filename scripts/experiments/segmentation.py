@@ -7,10 +7,12 @@ replace it; Peng et al. 2018, MegDet, synchronize it).
 The images are 64 pixels wide: digits of one or two classes, enlarged to 16 pixels, over gray crops of the two
 photographs that scikit-learn ships, each image with a brightness and contrast of its own. Every pixel is to be assigned
 to one of 10 digits or the background. As usual, a classifier is trained first, on single digits over such crops (4
-ranks, 64 images per step, 10 epochs), and its pre-activation ResNet (3 stages of one unit, width 8) becomes the
-backbone of torchvision's FCN head. Then 4 ranks train with one image each for 300 steps of SGD, and are tested on 128
-images with digits that were not seen before. With "frozen" the backbone keeps the statistics, weights and biases of its
-norms, and the head has none. Mean IoU is the mean over the 11 classes (torchmetrics).
+ranks, 64 images per step, 10 epochs, local BN or GroupNorm), and its pre-activation ResNet (3 stages of one unit, width
+16) becomes the backbone of torchvision's FCN head. Then 4 ranks train with one image each for 200 steps of Adam with a
+one-cycle schedule, and are tested on 128 images with digits that were not seen before. The highest rate is the better
+of 0.01 and 0.003 for each norm on a seed that is not among those shown. With "frozen" the backbone keeps the
+statistics, weights and biases of its norms, and the head has none. Mean IoU is the mean over the 11 classes
+(torchmetrics).
 """
 
 import copy
@@ -33,6 +35,8 @@ from train.norms import group_norm
 from train.plugins import strategy
 
 RANKS = 4
+# the better of 1e-2 and 3e-3 in 300 steps, seed 9
+RATES = {"sync": 1e-2, "local": 1e-2, "frozen": 3e-3, "group": 3e-3}
 CLASSES = 11
 SIZE, DIGIT, PATCH = 64, 16, 24
 LABELS = {
@@ -48,19 +52,18 @@ LABELS = {
 
 
 def _crop(photographs, size, generator):
-    """Return a gray crop (size, size) of a photograph, darkened or brightened."""
+    """Return a gray crop (size, size) of a photograph with a brightness and a contrast of its own."""
     photograph = photographs[torch.randint(len(photographs), (), generator=generator)]
     top, left = (int(torch.randint(extent - size, (), generator=generator)) for extent in photograph.shape)
-    low, high = torch.rand(2, generator=generator).sort().values
-    return low + (high - low) * photograph[top : top + size, left : left + size]
+    brightness, contrast = torch.rand(2, generator=generator)
+    return brightness + 0.4 * contrast * (photograph[top : top + size, left : left + size] - 0.5)
 
 
 def _paste(image, digit, top, left, generator):
-    """Draw a digit (8, 8) into an image, in a random gray, and return its pixels."""
+    """Draw a digit (8, 8) into an image, brighter than what was there, and return its pixels."""
     shape = F.interpolate(digit[None, None], size=(DIGIT, DIGIT), mode="bilinear")[0, 0]
-    gray = torch.rand((), generator=generator)
     part = image[top : top + DIGIT, left : left + DIGIT]
-    part.copy_(part * (1 - shape) + gray * shape)
+    part += (0.3 + 0.4 * torch.rand((), generator=generator)) * shape
     return shape > 0.4
 
 
@@ -111,13 +114,17 @@ class Segmenter(LightningModule):
 
     def __init__(self, classifier, norm):
         super().__init__()
+        self.rate = RATES[norm]
         self.stem, self.stages, self.norm = classifier.stem, classifier.stages, classifier.norm
         self.head = FCNHead(classifier.head.in_features, CLASSES)
         if norm == "frozen":
             self.head[1] = nn.Identity()
         if norm == "group":
             self.head[1] = group_norm(self.head[1].num_features, 8)
-        self.is_frozen = norm == "frozen"
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.frozen = norms if norm == "frozen" else []
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.iou = JaccardIndex(task="multiclass", num_classes=CLASSES)
 
     def forward(self, images):
@@ -126,10 +133,9 @@ class Segmenter(LightningModule):
         return F.interpolate(self.head(features), images.shape[-2:], mode="bilinear")
 
     def on_train_epoch_start(self):
-        """Freeze the norms of the backbone."""
-        for module in self.modules():
-            if self.is_frozen and isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+        """Keep the statistics of frozen norms."""
+        for module in self.frozen:
+            module.eval()
 
     def training_step(self, batch, batch_idx):
         """Return the loss of this rank's image."""
@@ -148,10 +154,10 @@ class Segmenter(LightningModule):
         self.log("mean_iou", self.iou)
 
     def configure_optimizers(self):
-        """Return SGD with a cosine schedule."""
+        """Return Adam with a cosine schedule."""
         steps = self.trainer.max_steps
-        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps, pct_start=0.1)
+        optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad])
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -160,6 +166,7 @@ def pretrained(norm, seed, epochs):
     trained = lab.train(
         [
             *lab.SMALL_RESNET,
+            "model.width=16",
             f"norm={norm}",
             f"seed={seed}",
             "data.source._target_=segmentation.patches",
@@ -187,14 +194,14 @@ def _backbone(norm, seed, epochs):
 
 def jobs(seeds, quick):
     """Return a job for each norm and seed."""
-    size = {"epochs": 1, "steps": 2, "images": (8, 4)} if quick else {"epochs": 10, "steps": 300, "images": (512, 128)}
+    size = {"epochs": 1, "steps": 2, "images": (8, 4)} if quick else {"epochs": 10, "steps": 200, "images": (512, 128)}
     return [{"norm": norm, "seed": seed, **size} for seed in seeds for norm in ("sync", "local", "frozen", "group")]
 
 
 def run(job):
     """Return the row of a run, and for local BN that of its recalibrated network."""
     norm, seed, steps = job["norm"], job["seed"], job["steps"]
-    classifier, accuracy = _backbone("group" if norm == "group" else "sync", seed, job["epochs"])
+    classifier, accuracy = _backbone("group" if norm == "group" else "local", seed, job["epochs"])
     seed_everything(seed, verbose=False)
     module = Segmenter(copy.deepcopy(classifier), norm)
     train_set, test_set = _data(*job["images"])
