@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check bench experiments clean
+.PHONY: help train test test-all check bench experiments docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,8 +44,13 @@ experiments: $(READY) ## repeat every experiment: rows in benchmarks/experiments
 		$(BIN)/python $$script --data "$(DATA)" || exit 1; \
 	done
 
+docs: $(READY) ## build the site in docs/_build/html, without network
+	@$(BIN)/python -c 'import furo, myst_parser' 2>/dev/null || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -d docs/_build/cache docs docs/_build/html $(ARGS)
+
 clean: ## remove the environment, caches and run directories
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache outputs multirun
+	rm -rf .venv build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache outputs multirun
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

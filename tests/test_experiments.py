@@ -60,6 +60,11 @@ def test_a_page_says_what_its_rows_show(path):
     assert (lab.PAGES / f"{path.stem}.png").exists()
 
 
+def test_the_gallery_shows_every_experiment():
+    assert (lab.PAGES / "index.md").read_text() == lab.gallery()
+    assert sorted(lab.ORDER) == NAMES
+
+
 def test_intervals_are_those_of_students_t():
     found = lab.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3

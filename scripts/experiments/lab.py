@@ -14,6 +14,7 @@ import argparse
 import ast
 import csv
 import datetime
+import importlib
 import json
 import os
 import subprocess
@@ -49,6 +50,15 @@ ROWS = ROOT / "benchmarks" / "experiments"
 PAGES = ROOT / "docs" / "experiments"
 CORES = 2  # single-process jobs run in as many processes, so that results do not depend on the machine's cores
 SEEDS = 5
+ORDER = ["images_per_rank", "segmentation", "world_size", "evaluation_statistics", "batch_size", "initialization_scale"]
+ORDER += ["learning_rate", "gradient_flow", "order", "regularization", "temperature", "smoothness"]  # in the gallery
+GALLERY = """
+What papers and texts claim about batch normalization, tried on real images with the trainer and the public API, on two
+CPU cores. Each page names the claim and its source, the method, the command that repeats it, and what was seen, whether
+it agrees or not. Intervals are 95 % confidence intervals of a mean over the seeds (Student's t). `make experiments
+DATA=DIR` repeats all of them, with `cifar-10-batches-py` in `DIR`. The networks are small and the trainings short; what
+they show about large ones is a matter of judgement.
+"""
 WORKER = "SYNCBN_EXPERIMENT"  # set in the processes that train
 SMALL_RESNET = [  # pre-activation ResNet with one unit in each of 3 stages: 7 norms
     "model=own",
@@ -428,6 +438,8 @@ def publish(experiment: Any, name: str, rows: list[Row], folder: Path) -> None:
     """Draw the picture, write the page and print the sentence."""
     save(experiment.draw(rows), folder / f"{name}.png")
     (folder / f"{name}.md").write_text(page(experiment, name, rows))
+    if folder == PAGES:
+        (folder / "index.md").write_text(gallery())
     print(f"{name}: {experiment.sentence(rows)}")
 
 
@@ -442,6 +454,19 @@ def page(experiment: Any, name: str, rows: list[Row]) -> str:
     parts = [f"# {title.rstrip('.')}", f"**Claim.** {_flow(claim)}", f"![{title.rstrip('.')}]({name}.png)"]
     parts += [f"`{command}`: {caption}", f"**Seen.** {experiment.sentence(rows)}", "## How", *how]
     return "\n\n".join(parts) + f"\n\nRows: [`{name}.csv`](../../benchmarks/experiments/{name}.csv).\n"
+
+
+def gallery() -> str:
+    """Return the Markdown page with all experiments that have rows."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    names = [name for name in ORDER if (ROWS / f"{name}.csv").exists()]
+    parts = ["# Experiments", _flow(GALLERY)]
+    for name in names:
+        experiment = importlib.import_module(name)
+        title = experiment.__doc__.split("\n")[0].rstrip(".")
+        parts.append(f"## {title}\n\n{experiment.sentence(read(ROWS / f'{name}.csv'))}")
+        parts.append(f"[![{title}]({name}.png)]({name}.md)\n\n[Claim, method and rows]({name}.md)")
+    return "\n\n".join([*parts, "```{toctree}\n:hidden:\n\n" + "\n".join(names) + "\n```\n"])
 
 
 def _flow(paragraph: str) -> str:
