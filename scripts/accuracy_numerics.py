@@ -35,6 +35,7 @@ DTYPES = {
 }
 QUANTITIES = ["mean", "var", "y", "grad_input"]
 BAR = 1e-6
+NAMES = {"mean": "mean", "var": "variance", "y": "output", "grad_input": "gradient of the input"}
 
 
 def batch(ratio: float, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,30 +95,31 @@ def measure(shape: tuple[int, ...], ratios: list[float], dtypes: list[str]) -> l
 
 
 def draw(found: list[dict[str, Any]], path: Any) -> None:
-    """Draw every quantity in float32, then the output in every dtype."""
+    """Draw every quantity in float32, then the output in the other dtypes; the last panel is the legend."""
     figure = Figure(figsize=(14, 6.4), layout="constrained")
-    panels = figure.subplots(2, 4, sharex=True)
+    panels = list(figure.subplots(2, 4, sharex=True).flat)
     most = max(row["ranks"] for row in found)
-    upper = [("float32", quantity) for quantity in QUANTITIES]
-    for axes, (dtype, quantity) in zip(panels.flat, upper + [(dtype, "y") for dtype in DTYPES], strict=True):
+    cases = [("float32", quantity) for quantity in QUANTITIES]
+    cases += [(dtype, "y") for dtype in DTYPES if dtype != "float32"]
+    ratios = sorted({row["mean_over_std"] for row in found})
+    for axes, (dtype, quantity) in zip(panels, cases, strict=False):
         for colour, candidate in zip(COLOURS, common.NORMS, strict=False):
             for ranks, style in ((1, ":"), (most, "-")):
                 rows = [r for r in found if (r["dtype"], r["candidate"], r["ranks"]) == (dtype, candidate, ranks)]
-                values = [min(row[quantity], 10) for row in rows]
-                ratios = [row["mean_over_std"] for row in rows]
-                label = f"{candidate}, {ranks} rank{'s' * (ranks > 1)}" if rows else None
-                axes.plot(ratios, values, style, color=colour, marker="." if ranks > 1 else None, label=label)
-        axes.set(
-            title=f"{quantity}, {dtype}", xscale="log", yscale="log", ylim=(1e-17 if dtype == "float64" else 1e-9, 20)
-        )
+                if rows:
+                    values = [max(min(row[quantity], 10), 1e-16) for row in rows]
+                    label = f"{candidate}, {ranks} rank{'s' * (ranks > 1)}"
+                    places = [row["mean_over_std"] for row in rows]
+                    axes.plot(places, values, style, color=colour, marker="." if ranks > 1 else None, label=label)
+        axes.set(title=f"{NAMES[quantity]}, {dtype}", ylim=(1e-17 if dtype == "float64" else 1e-9, 20))
+        axes.set(xlabel="mean / std", ylabel="relative error (10: none right)", yscale="log")
+        axes.tick_params(labelbottom=True)
+        common.plain_log(axes, "x", [ratio for ratio in ratios if math.log10(ratio) % 2 == 0], base=10)
         common.tidy(axes)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("relative error")
-    for axes in panels[1]:
-        axes.set_xlabel("mean / std")
-    panels[0, 1].axhline(BAR, color="black", linewidth=0.8)
-    handles = {label: handle for handle, label in zip(*panels[0, 0].get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    panels[1].axhline(BAR, color="black", linewidth=0.8, label="bar of the project, 1e-6")
+    panels[-1].axis("off")
+    panels[-1].legend(*panels[1].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.suptitle(common.origin(found), fontsize=9)
     common.save(figure, path)
 
 
@@ -129,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     arguments = parser.parse_args(argv)
+    if arguments.draw:
+        return draw(common.last_run(arguments.csv), arguments.plot)
     measured = (arguments.shape, arguments.ratios, arguments.dtypes)
     found = [row for ranks in arguments.ranks for row in common.on_ranks(ranks, measure, *measured)]
     for dtype, quantity in (("float32", "var"), ("float32", "y"), ("bfloat16", "y")):

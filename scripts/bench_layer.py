@@ -196,32 +196,43 @@ def report_traffic(shape: Shape, by_ranks: dict[int, list[dict[str, Any]]], path
     common.append_rows(path, rows)
 
 
-def draw(cases: dict[int, list], by_ranks: dict[int, list[dict[str, Any]]], path: Path) -> None:
-    """Draw the mean ratio to the local layer, and the time by number of ranks, split into collectives and the rest."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+def draw(layers: list[dict[str, Any]], worlds: list[dict[str, Any]], path: Path) -> None:
+    """Draw the mean ratio to the local layer, and the time by number of ranks, split into collectives and the rest.
+
+    Args:
+        layers, worlds: rows of layer_cpu.csv and world_cpu.csv.
+    """
+    figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    unit, width = f"{LOCAL} + ReLU", 0.8 / len(cases)
-    names = [name for name in next(iter(cases.values()))[0][2] if name != unit]
-    for index, (ranks, found) in enumerate(cases.items()):
-        means = [statistics.mean(times[name] / times[unit] for *_, times in found) for name in names]
-        positions = [place + (index - (len(cases) - 1) / 2) * width for place in range(len(names))]
-        left.barh(positions, means, width, color=common.COLOURS[index], label=f"{ranks} rank{'s' * (ranks > 1)}")
+    unit = f"{LOCAL} + ReLU"
+    ranks_found = list(dict.fromkeys(row["ranks"] for row in layers))
+    names = [name for name in dict.fromkeys(row["candidate"] for row in layers) if name != unit]
+    width = 0.8 / len(ranks_found)
+    for index, ranks in enumerate(ranks_found):
+        ratios = {name: [r["ratio"] for r in layers if (r["ranks"], r["candidate"]) == (ranks, name)] for name in names}
+        positions = [place + (index - (len(ranks_found) - 1) / 2) * width for place in range(len(names))]
+        means = [statistics.mean(ratios[name]) for name in names]
+        gray = f"{0.35 + 0.4 * index / max(1, len(ranks_found) - 1):.2f}"
+        bars = left.barh(positions, means, width, color=gray, label=f"{ranks} rank{'s' * (ranks > 1)}")
+        left.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     left.set(title="One layer, mean over shapes and layouts", xlabel=f"time / ({unit})", yticks=range(len(names)))
     left.set_yticklabels(names)
     left.invert_yaxis()
     left.axvline(1, color="black", linewidth=0.8)
     left.legend(frameon=False)
-    columns = list(candidates(1, with_compile=False))
+    columns = list(dict.fromkeys(row["candidate"] for row in worlds))
+    places = list(dict.fromkeys(row["ranks"] for row in worlds))
     width = 0.8 / len(columns)
     for index, name in enumerate(columns):
-        found = [next(f for f in all_found if f["candidate"] == name) for all_found in by_ranks.values()]
-        positions = [place + (index - (len(columns) - 1) / 2) * width for place in range(len(found))]
-        own = [f["ms"] - f["collectives_ms"] for f in found]
+        found = [row for row in worlds if row["candidate"] == name]
+        positions = [places.index(r["ranks"]) + (index - (len(columns) - 1) / 2) * width for r in found]
+        own = [row["ms"] - row["collectives_ms"] for row in found]
         right.bar(positions, own, width, color=common.COLOURS[index], label=name)
-        right.bar(positions, [f["collectives_ms"] for f in found], width, own, color=common.COLOURS[index], alpha=0.4)
+        right.bar(positions, [r["collectives_ms"] for r in found], width, own, color=common.COLOURS[index], alpha=0.4)
     right.set(title="By number of ranks; pale: in collectives", xlabel="ranks", ylabel="ms, forward + backward")
-    right.set_xticks(range(len(by_ranks)), [str(ranks) for ranks in by_ranks])
+    right.set_xticks(range(len(places)), map(str, places))
     right.legend(frameon=False, fontsize=8)
+    figure.suptitle(common.origin(worlds), fontsize=9)
     for axes in (left, right):
         common.tidy(axes)
     common.save(figure, path)
@@ -243,6 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--world-shape", type=common.sizes, default=WORLD_SHAPE)
     arguments = parser.parse_args(argv)
     shapes, rounds, versions = arguments.shapes, arguments.rounds, f"float32, torch {torch.__version__}"
+    worlds_csv = arguments.csv.with_name("world_cpu.csv")
+    if arguments.draw:
+        return draw(common.last_run(arguments.csv), common.last_run(worlds_csv), arguments.plot)
     cases, by_ranks = {}, {}
     if "ops" in arguments.parts:
         found = common.on_ranks(1, for_each_case, time_ops, shapes, rounds)
@@ -256,9 +270,9 @@ def main(argv: list[str] | None = None) -> None:
     if "world" in arguments.parts:
         for ranks in arguments.ranks or [1, 2, 4, 8]:
             by_ranks[ranks] = common.on_ranks(ranks, measure_traffic, arguments.world_shape, rounds)
-        report_traffic(arguments.world_shape, by_ranks, arguments.csv.with_name("world_cpu.csv"))
+        report_traffic(arguments.world_shape, by_ranks, worlds_csv)
     if cases and by_ranks:
-        draw(cases, by_ranks, arguments.plot)
+        draw(common.last_run(arguments.csv), common.last_run(worlds_csv), arguments.plot)
 
 
 if __name__ == "__main__":

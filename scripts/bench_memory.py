@@ -31,8 +31,7 @@ from typing import Any
 
 import common
 import torch
-from matplotlib.figure import Figure
-from networks import COLOUR_OF, FUSED, LOCAL_FUSED, Candidate, candidates, training_step
+from networks import FUSED, LOCAL_FUSED, Candidate, candidates, training_step
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -161,52 +160,8 @@ def measure_networks(networks: list[str], batch: int, image: int, device: torch.
     return found
 
 
-def draw_layers(panels: Any, found: dict[str, dict[str, dict[str, int]]], units: dict[str, int]) -> None:
-    """Draw one panel for each dtype with one group of bars for each case."""
-    for axes, (dtype, by_name) in zip(panels, found.items(), strict=True):
-        width = 0.8 / len(by_name)
-        for index, (name, cases) in enumerate(by_name.items()):
-            positions = [place + (index - (len(by_name) - 1) / 2) * width for place in range(len(CASES))]
-            ratios = [cases[case] / units[dtype] for case in CASES]
-            axes.bar(positions, ratios, width, color=COLOUR_OF[name], label=name)
-        axes.set(title=f"Kept for backward by normalization + ReLU, {dtype}", ylabel="tensors like the input")
-        axes.set_xticks(range(len(CASES)), CASES)
-    panels[0].legend(frameon=False, ncols=len(next(iter(found.values()))), loc="upper left")
-    panels[0].set_ylim(top=panels[0].get_ylim()[1] * 1.15)
-
-
-def draw_networks(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw what each network keeps for backward, and behind it, pale, the peak of a step."""
-    networks, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "candidate"))
-    width = 0.86 / len(names)
-    for index, name in enumerate(names):
-        own = [row for row in rows if row["candidate"] == name]
-        positions = [place + (index - (len(names) - 1) / 2) * width for place in range(len(networks))]
-        peaks = axes.bar(positions, [row["peak"] / 1e6 for row in own], width, color=COLOUR_OF[name], alpha=0.4)
-        axes.bar_label(peaks, fmt="%.0f", fontsize=8)
-        kept = axes.bar(positions, [row["kept"] / 1e6 for row in own], width, color=COLOUR_OF[name], label=name)
-        axes.bar_label(kept, fmt="%.0f", fontsize=8)
-    axes.set(title="Networks: kept for backward; pale: peak of a training step", ylabel="MB")
-    axes.set_xticks(range(len(networks)), networks)
-    axes.legend(frameon=False, ncols=len(names), loc="upper left")
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.15)
-
-
-def draw(
-    found: dict[str, dict[str, dict[str, int]]], units: dict[str, int], networks: list[dict[str, Any]], path: Path
-) -> None:
-    """Draw layers and networks."""
-    figure = Figure(figsize=(11, 3.6 * (len(found) + 1)), layout="constrained")
-    panels = figure.subplots(len(found) + 1, 1)
-    draw_layers(panels[:-1], found, units)
-    draw_networks(panels[-1], networks)
-    for axes in panels:
-        common.tidy(axes)
-    common.save(figure, path)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, append rows and draw."""
+    """Measure, print and append rows."""
     parser = common.parser(__doc__, "memory")
     parser.add_argument("--shape", type=common.sizes, default=(32, 64, 56, 56), help="of the layer's input, 2x3x4x4")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="preact18 to preact200, models of torchvision")
@@ -243,7 +198,6 @@ def main(argv: list[str] | None = None) -> None:
     head = {**common.head(arguments.device), "batch": arguments.batch, "image": arguments.image}
     networks_csv = arguments.csv.with_name(f"{arguments.csv.stem}_networks.csv")
     common.append_rows(networks_csv, [{**head, **row} for row in networks])
-    draw(found, units, networks, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Shared by the benchmarks: the formulations they compare, ranks, interleaved timing, and output of results."""
 
 import argparse
+import ast
 import csv
 import ctypes
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -288,6 +290,7 @@ def parser(doc: str, name: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=doc.split("\n")[0])
     result.add_argument("--csv", type=Path, default=BENCHMARKS / f"{name}.csv", help="rows are appended there")
     result.add_argument("--plot", type=Path, default=DOCS / f"{name}.png")
+    result.add_argument("--draw", action="store_true", help="draw the last run in the CSV, without measuring")
     return result
 
 
@@ -323,6 +326,30 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV, numbers as numbers."""
+    with path.open(newline="") as file:
+        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def last_run(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of the last run that was appended to a CSV."""
+    rows = read_rows(path)
+    return [row for row in rows if row["commit"] == rows[-1]["commit"]]
+
+
+def origin(rows: Sequence[dict[str, Any]]) -> str:
+    """Return where the rows come from: device, torch and commit."""
+    return f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}.get(text, text)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, which is also valid Markdown."""
     table = Table(box=MARKDOWN, title=title, title_justify="left", min_width=60)
@@ -338,6 +365,20 @@ def tidy(axes: Any) -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def plain_log(axes: Any, which: str, ticks: Sequence[float], base: float = 2) -> None:
+    """Make an axis logarithmic, with these values written out.
+
+    Args:
+        which: "x" or "y".
+    """
+    getattr(axes, f"set_{which}scale")("log", base=base)
+    axis = getattr(axes, f"{which}axis")
+    axis.set_ticks(list(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, path: Path) -> None:

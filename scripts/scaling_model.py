@@ -315,33 +315,40 @@ def draw(
     """Draw the predicted shares for both kinds of node, and the check."""
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    columns = [name for name in predictions[0] if name not in ("gpus", "per_node", "step_ms")]
+    lines = {  # "world" is the faster of ring and tree, which is the tree; groups of 8 are close to a node
+        "world, ring": ("all-reduce over all GPUs, ring", COLOURS[1], "-"),
+        "world, all-gather (torch)": ("all-gather over all GPUs (torch)", COLOURS[4], "-"),
+        "world, one-shot": ("one-shot exchange over all GPUs", COLOURS[3], "-"),
+        "world": ("all-reduce over all GPUs, tree (syncbn)", COLOURS[0], "-"),
+        "node": ("all-reduce over the GPUs of a node (syncbn)", "#000000", "-"),
+    }
     for axes, per_node in zip(panels, (8, 4), strict=False):
         rows = [row for row in predictions if row["per_node"] == per_node]
-        for index, name in enumerate(columns):
-            style = "-" if name in ("world", "node", "groups of 8") else "--"
+        for name, (label, colour, style) in lines.items():
             shares = [row[name] / (row[name] + step_ms) for row in rows]
-            colour = [*COLOURS, "#BBBBBB", "#000000"][index]
-            axes.plot([row["gpus"] for row in rows], shares, style, color=colour, label=name)
+            axes.plot([row["gpus"] for row in rows], shares, style, color=colour, label=label)
         for name, style in zip((RESNET50, PREACT50), (":", "-."), strict=True):
             rows = [row for row in hidden if (row["network"], row["per_node"]) == (name, per_node)]
             shares = [row[HIDDEN] / (row[HIDDEN] + step_ms) for row in rows]
-            axes.plot([row["gpus"] for row in rows], shares, style, color=COLOURS[0], label=f"{HIDDEN}, {name}")
-        axes.set(title=f"Predicted share of a step, {per_node} GPUs per node", xlabel="GPUs", xscale="log", ylim=(0, 1))
-        axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS], rotation=45)
-        axes.minorticks_off()
+            label = f"the same, hidden in backward, {name}"
+            axes.plot([row["gpus"] for row in rows], shares, style, color=COLOURS[0], label=label)
+        title = f"predicted for a ResNet-50, {per_node} GPUs per node"
+        axes.set(title=title, xlabel="GPUs", ylabel="share of a step in collectives", ylim=(0, 1))
+        common.plain_log(axes, "x", GPUS)
+        axes.tick_params(axis="x", rotation=45)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside lower center")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center")
     for index, num_channels in enumerate(dict.fromkeys(row["channels"] for row in gloo)):
         rows = [row for row in gloo if row["channels"] == num_channels]
         ranks = [row["ranks"] for row in rows]
-        panels[2].plot(ranks, [r["predicted_us"] for r in rows], "--", color=COLOURS[index])
-        panels[2].plot(ranks, [r["measured_us"] for r in rows], "o", color=COLOURS[index], label=f"C = {num_channels}")
+        predicted, measured = ([row[f"{kind}_us"] / 1e3 for row in rows] for kind in ("predicted", "measured"))
+        panels[2].plot(ranks, predicted, "--", color=COLOURS[index])
+        panels[2].plot(ranks, measured, "o", color=COLOURS[index], label=f"{num_channels} channels")
     if gloo:
-        title = (
-            f"Collective in a layer, gloo on {gloo[0]['cores']} cores\npoints measured, lines predicted from 2 ranks"
-        )
-        panels[2].set(title=title, xlabel="ranks", ylabel="us", yscale="log")
+        title = f"measured (points) and predicted from 2 ranks (lines)\none layer, gloo on {gloo[0]['cores']} cores"
+        panels[2].set(title=title, xlabel="ranks", ylabel="ms of a collective")
+        common.plain_log(panels[2], "y", (1, 3, 10, 30), base=10)
+        panels[2].set_xticks(sorted({row["ranks"] for row in gloo}))
         panels[2].legend(frameon=False)
     else:
         panels[2].set_visible(False)
@@ -396,6 +403,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.ranks and arguments.ranks[0] != 2:
         raise SystemExit(f"expected --ranks to begin with 2, got {arguments.ranks}: the link is fitted on 2 ranks")
+    others = [arguments.csv.with_name(f"{arguments.csv.stem}_{name}.csv") for name in ("hidden", "gloo")]
+    if arguments.draw:
+        predicted, hidden, gloo = map(common.last_run, (arguments.csv, *others))
+        return draw(predicted, hidden, gloo, predicted[0]["step_ms"], arguments.plot)
     step_ms = arguments.batch / arguments.images_per_second * 1e3
     predictions: list[dict[str, Any]] = [
         {"gpus": gpus, "per_node": per_node, "step_ms": step_ms, **predict(gpus, per_node, nccl(arguments))}

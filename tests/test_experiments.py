@@ -41,19 +41,19 @@ def test_an_experiment_runs_draws_and_says_what_its_rows_show(name, fake_cifar10
     rows = [row for job in experiment.jobs(range(2), quick=True) for row in experiment.run(job)]
     facts = {"device": "a device", "torch": "2", "commit": "abc", "date": "2026-01-02", "minutes": "1.5"}
     lab.append_rows(tmp_path / "rows.csv", [{**row, **facts} for row in rows])
-    lab.publish(experiment, name, lab.read(tmp_path / "rows.csv"), tmp_path)
+    lab.publish(experiment, name, lab.read_rows(tmp_path / "rows.csv"), tmp_path)
     page = (tmp_path / f"{name}.md").read_text()
     assert page.startswith("# ")
     assert "holds" in page or "does not hold" in page
     assert "2 seeds" in page
-    for axes in experiment.draw(lab.read(tmp_path / "rows.csv")).axes:
+    for axes in experiment.draw(lab.read_rows(tmp_path / "rows.csv")).axes:
         assert axes.get_xlabel() or not len(axes.get_xticks()) or axes.get_xticklabels()[0].get_text()
 
 
 @pytest.mark.parametrize("path", sorted(lab.ROWS.glob("*.csv")), ids=lambda path: path.stem)
 def test_a_page_says_what_its_rows_show(path):
     experiment = importlib.import_module(path.stem)
-    rows = lab.read(path)
+    rows = lab.read_rows(path)
     assert len(lab.levels(rows, "seed")) >= 5
     assert "dirty" not in rows[0]["commit"]
     assert (lab.PAGES / f"{path.stem}.md").read_text() == lab.page(experiment, path.stem, rows)

@@ -54,6 +54,7 @@ def run(job):
     trained = lab.train(
         [
             *lab.CONVNET,
+            "+model.first_stride=1",
             *OVERRIDES.get(job["norm"], [f"norm={job['norm']}"]),
             f"seed={job['seed']}",
             f"data.batch_size_per_rank={job['images']}",

@@ -15,7 +15,7 @@ import math
 
 import lab
 
-SCALES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+SCALES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 EPOCHS, BATCH, IMAGES = 10, 50, 1000
 NETWORKS = {
     "MLP": ["model=mlp", f"model.widths={[50] * 7}"],

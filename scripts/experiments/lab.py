@@ -11,8 +11,6 @@ The first line of the docstring is the title, the paragraph after it the claim w
 """
 
 import argparse
-import ast
-import csv
 import datetime
 import importlib
 import json
@@ -30,10 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also runs from a checkout that is not installed
 
 import torch  # noqa: E402
-from common import COLOURS, append_rows, head, save, tidy  # noqa: E402
+from common import COLOURS, append_rows, head, plain_log, read_rows, save, tidy  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
 from scipy import stats  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torchvision.datasets import CIFAR10  # noqa: E402
@@ -44,7 +41,7 @@ from train.data import ImageData  # noqa: E402
 from train.preact_resnet import NormFactory  # noqa: E402
 from train.run import build, compose  # noqa: E402
 
-__all__ = ["COLOURS", "tidy"]  # and what is defined below
+__all__ = ["COLOURS", "plain_log", "tidy"]  # and what is defined below
 
 ROWS = ROOT / "benchmarks" / "experiments"
 PAGES = ROOT / "docs" / "experiments"
@@ -86,7 +83,8 @@ class ConvNet(nn.Module):
         norm_layer: `norm_layer(num_channels)` returns a normalization.
         num_classes: number of outputs.
         in_channels: channels of the images.
-        depths: convolutions of each stage; the first convolution of every stage but the first has stride 2.
+        depths: convolutions of each stage, the first one with stride 2.
+        first_stride: stride of the first convolution of the network.
         width: channels of the first stage; every stage doubles them.
         init_std: standard deviation of the initial weights; He initialization by default.
         dropout: dropout probability after every stage.
@@ -99,6 +97,7 @@ class ConvNet(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         depths: Sequence[int] = (1, 1, 1),
+        first_stride: int = 2,
         width: int = 16,
         init_std: float | None = None,
         dropout: float = 0.0,
@@ -109,7 +108,7 @@ class ConvNet(nn.Module):
         channels = in_channels
         for stage, depth in enumerate(depths):
             for index in range(depth):
-                stride = 2 if stage and not index else 1
+                stride = 1 if index else 2 if stage else first_stride
                 convolution = nn.Conv2d(channels, width * 2**stage, 3, stride, padding=1, bias=has_bias)
                 channels = convolution.out_channels
                 layers += [convolution, norm_layer(channels), nn.ReLU()]
@@ -326,20 +325,6 @@ def panels(count: int, width: float = 4.2, height: float = 3.6) -> tuple[Figure,
     return figure, axes
 
 
-def plain_log(axes: Any, which: str, ticks: Sequence[float], base: float = 2) -> None:
-    """Make an axis logarithmic, with these values written out.
-
-    Args:
-        which: "x" or "y".
-    """
-    getattr(axes, f"set_{which}scale")("log", base=base)
-    axis = getattr(axes, f"{which}axis")
-    axis.set_ticks(list(ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-
-
 # --- the experiment -----------------------------------------------------------------------------------------------
 
 
@@ -375,7 +360,7 @@ def main(ranks: int = 1) -> None:
         facts = {**head(), "date": f"{start:%Y-%m-%d}", "minutes": f"{minutes:.1f}"}
         arguments.csv.unlink(missing_ok=True)
         append_rows(arguments.csv, [{**row, **facts} for row in found])
-    publish(experiment, name, read(arguments.csv), arguments.pages)
+    publish(experiment, name, read_rows(arguments.csv), arguments.pages)
 
 
 def measure(script: Path, jobs: list[Row], ranks: int) -> list[Row]:
@@ -421,19 +406,6 @@ def _work(run: Callable[[Row], list[Row]]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of a CSV, numbers as numbers."""
-    with path.open(newline="") as file:
-        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}.get(text, text)
-
-
 def publish(experiment: Any, name: str, rows: list[Row], folder: Path) -> None:
     """Draw the picture, write the page and print the sentence."""
     save(experiment.draw(rows), folder / f"{name}.png")
@@ -464,7 +436,7 @@ def gallery() -> str:
     for name in names:
         experiment = importlib.import_module(name)
         title = experiment.__doc__.split("\n")[0].rstrip(".")
-        parts.append(f"## {title}\n\n{experiment.sentence(read(ROWS / f'{name}.csv'))}")
+        parts.append(f"## {title}\n\n{experiment.sentence(read_rows(ROWS / f'{name}.csv'))}")
         parts.append(f"[![{title}]({name}.png)]({name}.md)\n\n[Claim, method and rows]({name}.md)")
     return "\n\n".join([*parts, "```{toctree}\n:hidden:\n\n" + "\n".join(names) + "\n```\n"])
 

@@ -3,7 +3,7 @@
 Batch normalization lets a network train at larger learning rates. (Ioffe & Szegedy 2015, sections 3.3 and 4.2.1;
 Santurkar et al. 2018.)
 
-A fully connected network (five hidden layers of 100) and a plain convnet (six 3x3 convolutions, 16 to 64 channels)
+A fully connected network (five hidden layers of 100) and a plain convnet (three 3x3 convolutions, 16 to 64 channels)
 train on 2,000 images of CIFAR-10 with SGD with momentum 0.9, a constant learning rate, batches of 50, for 5 epochs,
 from He initialization. A rate is stable for a seed if the mean training loss of the last epoch is below that of a
 constant guess, ln 10 = 2.30 nats; the highest stable rate is the highest one of the grid (factors of 2) up to which all
@@ -18,7 +18,7 @@ RATES = tuple(2.0**power for power in range(-8, 6))
 EPOCHS, BATCH, IMAGES = 5, 50, 2000
 NETWORKS = {
     "MLP": ["model=mlp", f"model.widths={[100] * 5}"],
-    "convnet": [*lab.CONVNET, "+model.depths=[2,2,2]"],
+    "convnet": lab.CONVNET,
 }
 NORMS = {"local": "BN", "none": "no norm"}
 CHANCE = math.log(10)
