@@ -345,7 +345,7 @@ def draw(
         panels[2].plot(ranks, predicted, "--", color=COLOURS[index])
         panels[2].plot(ranks, measured, "o", color=COLOURS[index], label=f"{num_channels} channels")
     if gloo:
-        title = f"measured (points) and predicted from 2 ranks (lines)\none layer, gloo on {gloo[0]['cores']} cores"
+        title = f"points measured, lines predicted from 2 ranks\n(one layer, gloo on {gloo[0]['cores']} cores)"
         panels[2].set(title=title, xlabel="ranks", ylabel="ms of a collective")
         common.plain_log(panels[2], "y", (1, 3, 10, 30), base=10)
         panels[2].set_xticks(sorted({row["ranks"] for row in gloo}))

@@ -306,6 +306,18 @@ def test_names_of_any_kind_are_drawn_in_pictures(tmp_path):
         assert matplotlib.image.imread(tmp_path / name).any()
 
 
+def test_a_picture_of_few_mistakes_is_as_wide_as_they_are(tmp_path):
+    mistakes = [Mistake(0.9, 1, 0, torch.rand(1, 4, 4)) for _ in range(7)]
+    shapes = []
+    for count in (0, 1, 2, 7):
+        pictures.draw_mistakes(mistakes[:count], ["a", "b"], [0.5], [0.5], tmp_path / "mistakes.png")
+        image = matplotlib.image.imread(tmp_path / "mistakes.png")
+        assert image[..., :3].min() < 0.5, "nothing is drawn"
+        shapes.append(image.shape)
+    assert shapes[1][1] < 0.7 * shapes[2][1] < 0.5 * shapes[3][1]
+    assert shapes[2][0] < 0.7 * shapes[3][0]
+
+
 def test_values_of_any_kind_are_printed_and_reported(tmp_path, capsys):
     directory = tmp_path / "[red]x[/] |y"
     directory.mkdir(parents=True)

@@ -112,10 +112,11 @@ def draw_mistakes(
     mistakes: Sequence[Mistake], names: Sequence[str], mean: Sequence[float], std: Sequence[float], path: Path
 ) -> None:
     """Draw the images that were misclassified with the most confidence, with label, prediction and probability."""
-    rows = max(1, -(-len(mistakes) // COLUMNS))
-    figure = Figure(figsize=(2 * COLUMNS, 2.35 * rows), layout="constrained")
+    columns = min(COLUMNS, max(1, len(mistakes)))
+    rows = max(1, -(-len(mistakes) // columns))
+    figure = Figure(figsize=(2 * columns, 2.35 * rows), layout="constrained")
     bare = {"frame_on": False, "xticks": [], "yticks": []}  # drawing ticks would take most of the time
-    grid = figure.subplots(rows, COLUMNS, squeeze=False, subplot_kw=bare).ravel()
+    grid = figure.subplots(rows, columns, squeeze=False, subplot_kw=bare).ravel()
     for axes, mistake in zip(grid, mistakes, strict=False):
         pixels = mistake.image.float().permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
         axes.imshow(pixels.clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -124,6 +125,8 @@ def draw_mistakes(
             fontsize=9,
             parse_math=False,
         )
+    if not mistakes:
+        grid[0].text(0.5, 0.5, "no mistakes", ha="center", va="center")
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
