@@ -11,14 +11,20 @@ from ranks import run_ranks
 
 DOCS = Path(__file__).parents[1] / "docs"
 
+LANGUAGE = {  # of the programs of two ranks in each page
+    "integrations.md": r"```python\n(.*?)```",
+    "troubleshooting.md": r"```python\n(.*?)```",
+    "tutorial/2-two-ranks.md": r"```\{two-ranks\}\n(.*?)```",
+}
+
 
 def programs() -> dict[str, str]:
     """Return the Python blocks of the guides by page and heading."""
     found = {}
-    for page in ("integrations.md", "troubleshooting.md"):
+    for page in LANGUAGE:
         for section in re.split(r"^## ", (DOCS / page).read_text(), flags=re.MULTILINE)[1:]:
             heading = section.split("\n", 1)[0]
-            for number, code in enumerate(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)):
+            for number, code in enumerate(re.findall(LANGUAGE[page], section, flags=re.DOTALL)):
                 found[f"{page} {heading}{f' {number + 1}' * (number > 0)}"] = code
     return found
 

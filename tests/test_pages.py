@@ -64,3 +64,16 @@ def test_every_linked_file_exists(page):
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#]+)", prose):
         assert target.startswith("http") or (page.parent / target).exists(), f"{name(page)}: {target}"
+
+
+def test_every_source_part_names_tests_that_exist():
+    page = (ROOT / "docs" / "sources.md").read_text()
+    parts = re.findall(r"^## (S\d+)\. [^\n]+\n(.*?)(?=^## )", page, flags=re.DOTALL | re.MULTILINE)
+    assert [number for number, _ in parts] == [f"S{number}" for number in range(1, 19)]
+    for number, text in parts:
+        file = None
+        named = re.findall(r"\(\.\./(tests/\w+\.py)\)|`(test_\w+)`(?!\])", text)
+        assert any(test for _, test in named), number
+        for path, test in named:
+            file = path or file
+            assert not test or f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"

@@ -18,7 +18,7 @@ def to_rst(lines: list[str]) -> list[str]:
         if is_indented and not in_section and not in_formula and not (found and found[-1]):
             found += ["::", ""]
             in_formula = True
-        found.append(line if in_formula else re.sub(r"\*(?=\w)", r"\\*", line))
+        found.append(line if in_formula else re.sub(r"\*(?=\S)", r"\\*", line))
     return found
 
 
