@@ -1,7 +1,10 @@
 """The pages are correct: their programs run, their commands compose, and their links exist."""
 
+import importlib
+import inspect
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,26 @@ def test_every_linked_file_exists(page):
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#]+)", prose):
         assert target.startswith("http") or (page.parent / target).exists(), f"{name(page)}: {target}"
+
+
+def test_formulas_in_docstrings_become_literal_blocks_and_asterisks_stay():
+    sys.path.insert(0, str(ROOT / "docs" / "_extensions"))
+    docstring = """Return x of (N, C, *S).
+
+        a = b * c
+        d = e
+
+    After it.
+
+    Args:
+        x: (N, *S).
+
+        y: none.
+    """
+    assert importlib.import_module("docstrings").to_rst(inspect.cleandoc(docstring).splitlines()) == [
+        *(r"Return x of (N, C, \*S).", "", "::", "", "    a = b * c", "    d = e", "", "After it.", ""),
+        *("Args:", r"    x: (N, \*S).", "", "    y: none."),
+    ]
 
 
 def test_every_source_part_names_tests_that_exist():

@@ -1,8 +1,12 @@
 """Docstrings of this repository as reStructuredText: indented formulas stay as they are, `*S` is no emphasis."""
 
-import re
+from __future__ import annotations
 
-from sphinx.application import Sphinx
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 SECTION = re.compile(r"^[A-Z][\w ]*:$")  # such as "Args:"
 
