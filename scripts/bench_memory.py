@@ -162,7 +162,7 @@ def measure_networks(networks: list[str], batch: int, image: int, device: torch.
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and append rows."""
-    parser = common.parser(__doc__, "memory")
+    parser = common.parser(__doc__, "memory", draws=False)
     parser.add_argument("--shape", type=common.sizes, default=(32, 64, 56, 56), help="of the layer's input, 2x3x4x4")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="preact18 to preact200, models of torchvision")
     parser.add_argument("--batch", type=int, default=8, help="of the networks")

@@ -149,6 +149,11 @@ def main(argv: list[str] | None = None) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile(network)"
     )
     arguments = parser.parse_args(argv)
+    csv, plot = (
+        path.with_name(path.name.replace("DEVICE", arguments.device)) for path in (arguments.csv, arguments.plot)
+    )
+    if arguments.draw:
+        return draw(common.last_run(csv), plot)
     case = {"batch": arguments.batch, "image": arguments.image}
     rows = []
     for network in arguments.networks:
@@ -164,9 +169,6 @@ def main(argv: list[str] | None = None) -> None:
         [[r["network"], str(r["ranks"]), r["candidate"], f"{r['ms']:.0f}", f"{r['ratio']:.2f}x",
           *("" if r[column] is None else str(r[column]) for column in ("calls", "bytes"))] for r in rows],
     )  # fmt: skip
-    csv, plot = (
-        path.with_name(path.name.replace("DEVICE", arguments.device)) for path in (arguments.csv, arguments.plot)
-    )
     common.append_rows(csv, rows)
     draw(rows, plot)
 

@@ -184,7 +184,12 @@ def growth(delayed_ms: list[float], undelayed_ms: list[float], delays_ms: float)
     return statistics.median(differences) / delays_ms if delays_ms else None
 
 
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def title_of(case: dict[str, Any]) -> str:
+    """Return what was measured."""
+    return "{network}, {ranks} ranks, {batch} images of {image} pixels each".format(**case)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the time of backward against the delay of each collective, and a line that grows by all of the delays."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -195,7 +200,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         every = [own[0]["backward_ms"] + own[0]["calls"] * delay for delay in delays]
         axes.plot(delays, every, "--", color=COLOUR_OF[form], linewidth=1, label=f"{form}: all delays")
     axes.axvline(rows[0]["unit_ms"], color="#BBBBBB", linewidth=1, label="median of weight gradients")
-    axes.set(title=title, xlabel="delay of each collective, ms", ylabel="backward, ms")
+    axes.set(title=title_of(rows[0]), xlabel="delay of each collective, ms", ylabel="backward, ms")
     figure.legend(frameon=False, ncols=3, loc="outside lower center")
     common.tidy(axes)
     common.save(figure, path)
@@ -212,20 +217,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="of weight gradients; with 0")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
+    if arguments.draw:
+        return draw(common.last_run(arguments.csv), arguments.plot)
     if 0 not in arguments.fractions:
         raise SystemExit(f"expected 0 among --fractions, got {arguments.fractions}: growth is that over no delay")
     case = {"network": arguments.network, "ranks": arguments.ranks, "batch": arguments.batch, "image": arguments.image}
     measured = arguments.network, arguments.batch, arguments.image, arguments.fractions, arguments.rounds
     found = common.on_ranks(arguments.ranks, measure, *measured)
-    title = f"{arguments.network}, {arguments.ranks} ranks, {arguments.batch} images of {arguments.image} pixels each"
     common.print_table(
-        f"backward of {title}; median weight gradients of a unit {found[0]['unit_ms']:.2f} ms",
+        f"backward of {title_of(case)}; median weight gradients of a unit {found[0]['unit_ms']:.2f} ms",
         ["form", "delay, ms", "calls", "all delays, ms", "backward, ms", "growth / all delays"],
         [[r["candidate"], f"{r['delay_ms']:.2f}", str(r["calls"]), f"{r['calls'] * r['delay_ms']:.0f}",
           f"{r['backward_ms']:.0f}", "" if r["growth"] is None else f"{r['growth']:.2f}"] for r in found],
     )  # fmt: skip
-    common.append_rows(arguments.csv, [{**common.head(), **case, **row} for row in found])
-    draw(found, title, arguments.plot)
+    rows = [{**common.head(), **case, **row} for row in found]
+    common.append_rows(arguments.csv, rows)
+    draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":

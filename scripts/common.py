@@ -285,12 +285,18 @@ def _run_rank(rank: int, ranks: int, folder: str, device: str, fn: Callable, arg
     dist.destroy_process_group()
 
 
-def parser(doc: str, name: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark; `name` is the name of its CSV and its picture."""
+def parser(doc: str, name: str, draws: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark.
+
+    Args:
+        name: of its CSV and its picture.
+        draws: whether it has a picture.
+    """
     result = argparse.ArgumentParser(description=doc.split("\n")[0])
     result.add_argument("--csv", type=Path, default=BENCHMARKS / f"{name}.csv", help="rows are appended there")
-    result.add_argument("--plot", type=Path, default=DOCS / f"{name}.png")
-    result.add_argument("--draw", action="store_true", help="draw the last run in the CSV, without measuring")
+    if draws:
+        result.add_argument("--plot", type=Path, default=DOCS / f"{name}.png")
+        result.add_argument("--draw", action="store_true", help="draw the last run in the CSV, without measuring")
     return result
 
 

@@ -38,6 +38,12 @@ def run_script(main, tmp_path, *arguments: str) -> list[dict[str, str]]:
     return read_rows(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize("script", [accuracy_numerics, bench_layer, bench_model, bench_overlap, scaling_model])
+def test_a_picture_is_drawn_from_the_rows_that_are_kept(script, tmp_path):
+    script.main(["--draw", "--plot", str(tmp_path / "plot.png")])
+    assert matplotlib.image.imread(tmp_path / "plot.png").std() > 0
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -255,7 +261,8 @@ def test_parameters_are_not_counted():
 @pytest.mark.slow
 def test_a_fused_layer_keeps_its_input_and_per_channel_values_alone(tmp_path):
     arguments = ["--shape", "8x16x12x12", "--networks", "preact50", "--batch", "2", "--image", "64"]
-    rows = run_script(bench_memory.main, tmp_path, *arguments)
+    bench_memory.main([*arguments, "--csv", str(tmp_path / "rows.csv")])
+    rows = read_rows(tmp_path / "rows.csv")
     found = {(r["candidate"], r["case"], r["dtype"]): int(r["bytes"]) for r in rows}
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         tensor, per_channel = 8 * 16 * 12 * 12 * size, 64 * (16 + 1)

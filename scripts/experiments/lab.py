@@ -399,7 +399,7 @@ def _work(run: Callable[[Row], list[Row]]) -> None:
         for done, (index, job) in enumerate(jobs):
             rows = run(job)
             if is_first:
-                file.write(json.dumps([index, rows]) + "\n")
+                print(json.dumps([index, rows]), file=file, flush=True)
                 print(f"{done + 1}/{len(jobs)} {job}", file=sys.stderr, flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # no rank leaves while another still communicates with it
