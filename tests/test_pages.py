@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 
-from train import run
+from train import distenv
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
@@ -36,7 +37,7 @@ COMMANDS = sorted(
         for language, _, text in blocks(page)
         if language == "bash"
         for line in text.replace("\\\n", " ").splitlines()
-        if re.search(r"-m train(\s|$)", line.split("#")[0])
+        if re.search(r"-m train|scripts/", line.split("#")[0])
     }
 )
 
@@ -57,9 +58,16 @@ def test_every_block_is_of_a_kind_that_a_test_runs(page):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_overrides_of_every_training_command_compose(command):
     words = shlex.split(command)
-    overrides = [word for word in words[words.index("train") + 1 :] if "=" in word and not word.startswith("--")]
+    target = next(word for word in words if re.fullmatch(r"train(\.\w+)?|scripts/.*\.py", word))
+    if target.endswith(".py"):
+        assert (ROOT / target).exists()
+        target = "train"
+    after = words[words.index("-m", 0) + 1 :] if "-m" in words else words
+    overrides = [word for word in after if re.match(r"[~+]*[\w./@]+=", word)]
     choices = [re.sub(r",(?![^\[{]*[\]}]).*", "", word) for word in overrides]  # the first value of a sweep
-    assert run.compose(choices).data is not None
+    distenv.register_resolvers()
+    with initialize_config_module("conf", version_base="1.3"):
+        assert compose(target.removeprefix("train.").removesuffix(".py"), choices)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
