@@ -2,14 +2,14 @@
 
     python scripts/plot_runs.py sync=outputs/sync local=outputs/local --title "2 images per rank" --output norms.png
 
-The README's picture, from the repository's root (about 20 minutes on 2 cores):
+For example, from the repository's root (about 20 minutes on 2 cores):
 
     for norm in sync group local; do
         torchrun --standalone --nproc-per-node=4 -m train norm=$norm data.batch_size_per_rank=2 \\
             trainer.max_epochs=8 run_name=small_$norm
     done
     cd outputs; python ../scripts/plot_runs.py SyncBN=small_sync GroupNorm=small_group "local BN=small_local" \\
-        --title "digits, 4 ranks with 2 images each" --output ../docs/small_batch.png
+        --title "digits, 4 ranks with 2 images each" --output small_batch.png
 """
 
 import argparse

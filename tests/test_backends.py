@@ -351,6 +351,19 @@ def test_where_triton_cannot_launch_it_says_so_once(triton_launch, monkeypatch, 
     triton_launch.can_run.cache_clear()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_being_out_of_memory_is_raised_and_not_remembered(triton_launch, monkeypatch, device, error):
+    def fail(*arguments, **constexprs):
+        raise error
+
+    triton_launch.can_run.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_launch, "launch", fail)
+        with pytest.raises(type(error), match=str(error).split()[-1]):
+            triton_launch.can_run(torch.device(device))
+    assert triton_launch.can_run(torch.device(device))
+
+
 def test_where_triton_is_missing_plain_pytorch_serves_and_asking_for_triton_says_so(monkeypatch):
     backends.is_triton_installed.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 from torch.nn import Parameter
@@ -68,13 +69,22 @@ def supports(x: Tensor) -> bool:
 
 @lru_cache
 def can_run(device: torch.device) -> bool:
-    """Return whether a kernel can be built (with a C compiler) and launched on the device; if not, warn once."""
+    """Return whether a kernel can be built (with a C compiler) and launched on the device; if not, warn once.
+
+    Only that is remembered: being out of memory is raised, on any rank, and the next call tries again. The other ranks
+    run what they can: backends agree up to rounding.
+    """
     try:
         packed = torch.zeros(3, dtype=torch.float64, device=device)
         gather_stats(packed, None, None, eps=1.0, ranks=1, running=None)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # Triton has no class for it
+            raise
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        warnings.warn(f"syncbn runs in plain PyTorch on {device}, Triton launches no kernels ({reason})", stacklevel=2)
+        rank = f"rank {dist.get_rank()}: " if dist.is_available() and dist.is_initialized() else ""
+        warnings.warn(
+            f"{rank}syncbn runs in plain PyTorch on {device}, Triton launches no kernels ({reason})", stacklevel=2
+        )
         return False
     return True
 
