@@ -9,6 +9,7 @@ from slow import all_but
 
 import conf
 from train import errors, run, settings
+from train.distenv import Refusal
 
 ROOT = Path(conf.__file__).parent
 GROUPS = (
@@ -72,11 +73,27 @@ def test_an_unknown_choice_names_the_choices():
     assert all(name in str(caught.value) for name in ("group", "layer", "local", "none", "sync"))
 
 
-def test_a_value_that_a_constructor_refuses_is_said_in_one_line(monkeypatch):
-    with pytest.raises(InstantiationException) as caught:
-        run.build(run.compose(["model.depth=19", "run_name=x"]))
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        (
+            "model.depth=19",
+            "train.preact_resnet.preact_resnet: depth must be one of [18, 20, 34, 50, 56, 101, 110, 152, 164, 200], "
+            "got 19: use `PreActResNet` for other stages",
+        ),
+        ("norm.temperature=-1", "expected temperature above 0, got -1: 1 leaves the output as it is"),
+        ("model=mlp model.widths=[]", "train.mlp.MLP: widths must name at least one layer, each of at least 1, got []"),
+        ("model=mlp model.dropout=2", "train.mlp.MLP: dropout probability has to be between 0 and 1, but got 2"),
+        ("norm=group norm.layer.num_groups=0", "norm.layer.num_groups must be 1 or more, got 0"),
+        ("norm=group norm.layer.num_groups=-3", "norm.layer.num_groups must be 1 or more, got -3"),
+    ],
+)
+def test_a_value_that_a_constructor_refuses_is_said_in_one_line(override, expected, monkeypatch):
+    with pytest.raises((InstantiationException, Refusal)) as caught:
+        run.build(run.compose([*override.split(), "run_name=x"]))
     sentence = errors.refusal_in(caught.value)
-    assert "depth must be one of [18, 20, 34, 50, 56, 101, 110, 152, 164, 200], got 19" in sentence
+    assert sentence.endswith(expected)
+    assert "Error in call" not in sentence
     assert "\n" not in sentence
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert errors.refusal_in(caught.value) is None

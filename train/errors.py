@@ -81,6 +81,9 @@ def refusal_in(error: BaseException) -> str | None:
     )
     if isinstance(error, syncbn.PeerError) or (distenv.world_size() > 1 and is_gone):
         return "another rank has ended, and this one cannot continue without it: see the error of that rank"
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+        target = re.search(r"call to target '([\w.]+)'", text)
+        return f"{target[1]}: {error.__cause__}" if target else text
     if isinstance(error, InstantiationException | OmegaConfBaseException | MisconfigurationException):
         return text
     for kind, words in BY_WORDS.items():

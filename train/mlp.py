@@ -19,6 +19,9 @@ class MLP(nn.Module):
         order: "bn_relu" or "relu_bn".
         dropout: dropout probability after every hidden layer.
         init_std: standard deviation of the initial weights; He initialization by default.
+
+    Raises:
+        ValueError: no widths, or one below 1; an unknown order.
     """
 
     has_fixed_size = True  # of its input, also in evaluation
@@ -36,6 +39,8 @@ class MLP(nn.Module):
         init_std: float | None = None,
     ) -> None:
         super().__init__()
+        if not widths or min(widths) < 1:
+            raise ValueError(f"widths must name at least one layer, each of at least 1, got {list(widths)}")
         sizes = [in_channels * image_size**2, *widths]
         self.norms = nn.ModuleList(norm_layer(size) for size in sizes[1:])
         check_order(order, self.norms[0])

@@ -120,7 +120,12 @@ def torch_synchronized() -> Norm:
 def group_norm(num_channels: int, num_groups: int = 32) -> nn.GroupNorm:
     """Return GroupNorm with the largest number of groups, up to `num_groups`, that divides the number of channels.
 
+    Raises:
+        Refusal: there are no groups; on every rank.
+
     Source: Wu & He 2018. One group is layer normalization over (C, H, W) with a weight and bias for each channel.
     """
+    if num_groups < 1:
+        raise Refusal(f"norm.layer.num_groups must be 1 or more, got {num_groups}")
     groups = next(groups for groups in range(min(num_groups, num_channels), 0, -1) if num_channels % groups == 0)
     return nn.GroupNorm(groups, num_channels)
