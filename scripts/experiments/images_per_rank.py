@@ -103,6 +103,8 @@ def draw(rows):
     lab.plain_log(batch, "x", sorted({row["images"] * SHARING.get(row["norm"], 1) for row in rows}))
     lab.plain_log(images, "x", sorted(set(lab.levels(rows, "images"))))
     lab.plain_log(published, "x", sorted(PUBLISHED["BN"]))
+    for axes in (batch, images):
+        lab.plain_log(axes, "y", (5, 10, 20, 50, 100), base=10)
     batch.set(xlabel="normalization batch size (images)", ylabel="test error (%)", title="digits")
     images.set(xlabel="images per rank (4 ranks)", ylabel="test error (%)", title="digits")
     published.set(
@@ -129,12 +131,17 @@ def sentence(rows):
     flat = lab.difference(rows, "test_error", {"norm": "world", "images": few}, {"norm": "world", "images": many})
     measured = lab.difference(rows, "test_error", local, {"norm": "recalibrated", "images": few})
     group = lab.difference(rows, "test_error", {"norm": "group", "images": many}, {"norm": "world", "images": few})
+    between = "".join(
+        f"with {size} it is {errors('local', size).text(1, '%')} and {errors('world', size).text(1, '%')}; "
+        for size in lab.levels(rows, "images")
+        if few < size <= 4
+    )
     holds = gain.mean > 0 and gain.excludes_zero and growth.mean > 0 and growth.excludes_zero
     return (
         f"The claim {'holds' if holds else 'does not hold here'}. With {few} image{'s' * (few > 1)} per rank the test "
         f"error is {errors('local', few).text(1, '%')} with local BN and {errors('world', few).text(1, '%')} with "
-        f"SyncBN over 4 ranks, {gain.text()} points less; with {many} it is {errors('local', many).text(1, '%')} and "
-        f"{errors('world', many).text(1, '%')}. From {many} to {few} images per rank the error grows by "
+        f"SyncBN over 4 ranks, {gain.text()} points less; {between}with {many} it is "
+        f"{errors('local', many).text(1, '%')} and {errors('world', many).text(1, '%')}. From {many} to {few} images per rank the error grows by "
         f"{growth.text()} points with local BN and by {flat.text()} with SyncBN. Recalibration lowers the error of "
         f"local BN by {measured.text()} points. GroupNorm has "
         f"{lab.column(rows, 'test_error', norm='group').text(1, '%')}, {group.text()} points more than SyncBN."
