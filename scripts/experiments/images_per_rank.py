@@ -141,9 +141,9 @@ def sentence(rows):
         f"The claim {'holds' if holds else 'does not hold here'}. With {few} image{'s' * (few > 1)} per rank the test "
         f"error is {errors('local', few).text(1, '%')} with local BN and {errors('world', few).text(1, '%')} with "
         f"SyncBN over 4 ranks, {gain.text()} points less; {between}with {many} it is "
-        f"{errors('local', many).text(1, '%')} and {errors('world', many).text(1, '%')}. From {many} to {few} images per rank the error grows by "
-        f"{growth.text()} points with local BN and by {flat.text()} with SyncBN. Recalibration lowers the error of "
-        f"local BN by {measured.text()} points. GroupNorm has "
+        f"{errors('local', many).text(1, '%')} and {errors('world', many).text(1, '%')}. From {many} to {few} images "
+        f"per rank the error grows by {growth.text()} points with local BN and by {flat.text()} with SyncBN. "
+        f"Recalibration lowers the error of local BN by {measured.text()} points. GroupNorm has "
         f"{lab.column(rows, 'test_error', norm='group').text(1, '%')}, {group.text()} points more than SyncBN."
     )
 
