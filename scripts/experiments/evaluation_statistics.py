@@ -99,7 +99,7 @@ def draw(rows):
     ours = {"statistics": "population", "amount": max(BATCHES)}
     for axes, statistics, label in (
         (running, "running average", "momentum {:g}"),
-        (population, "population", "over {} batches of 16"),
+        (population, "population", "{} x 16 images"),
     ):
         chosen = lab.where(rows, statistics=statistics)
         for amount, colour in zip(lab.levels(chosen, "amount"), lab.COLOURS, strict=False):
