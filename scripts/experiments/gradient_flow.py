@@ -175,7 +175,7 @@ def draw(rows):
         one.set(xlabel="depth", ylabel="log10 of gradient ratio, first to last", title=network, xticks=DEPTHS)
         one.set_yscale("symlog", linthresh=3)
         one.set_yticks([-100, -30, -10, -3, 0, 3, 10], ["-100", "-30", "-10", "-3", "0", "3", "10"])
-        one.legend(fontsize=7)
+        one.legend(fontsize=7, handlelength=3.5)
     for norm, colour in zip(NORMS, lab.COLOURS, strict=False):
         for unit, style in zip(UNITS, ("-", "--"), strict=True):
             chosen = [
@@ -184,7 +184,7 @@ def draw(rows):
             ]
             lab.line(saturation, chosen, "step", "share", f"{unit}, {NORMS[norm]}", colour, linestyle=style, marker="")
     saturation.set(xlabel="step", ylabel="saturated units (%)", ylim=(0, 100), title="initial weights with std 1")
-    saturation.legend(fontsize=7)
+    saturation.legend(fontsize=7, handlelength=3.5)
     return figure
 
 

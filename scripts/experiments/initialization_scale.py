@@ -81,8 +81,8 @@ def draw(rows):
                 lab.line(one, chosen, "scale", name, f"{network}, {NORMS[norm]}", colour, linestyle=style)
         lab.plain_log(one, "x", (1e-4, 1e-3, 1e-2, 1e-1, 1), base=10)
         one.set(xlabel="standard deviation of the initial weights", ylabel=label)
-    lab.plain_log(axes[2], "y", (0.1, 1, 10, 100, 1000, 10000), base=10)
-    axes[0].legend(fontsize=7)
+    lab.plain_log(axes[2], "y", (1, 10, 100, 1000, 10000, 100000), base=10)
+    axes[0].legend(fontsize=7, handlelength=3.5)
     return figure
 
 
