@@ -103,7 +103,8 @@ def sentence(rows):
         verdict = "The claim does not hold, the opposite does: a larger temperature is sharper"
     else:
         verdict = "The claim does not hold for both uses"
-    return f"{verdict}. By temperature, " + ". ".join(part[0].upper() + part[1:] for part in parts) + "."
+    trained, changed = parts
+    return f"{verdict}. By temperature, {trained}. {changed[0].upper()}{changed[1:]}."
 
 
 if __name__ == "__main__":
