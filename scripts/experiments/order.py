@@ -6,9 +6,9 @@ medians of five runs.)
 
 Networks of depth 32, three stages of 5 units with width 8, 16 and 32, train on digits (8 x 8 pixels, 1,294 images) with
 SGD with momentum 0.9, a warmup of one epoch and a cosine, 10 epochs in batches of 64, at each of two learning rates;
-what counts is the one with the lower mean training loss. Full pre-activation is the trainer's `model=preact_resnet56`,
-without fused units. As in the paper's appendix, the units other than "BN after addition", "ReLU before addition" and
-the original one are followed by an activation at the end of the network. The training loss is that of the last epoch.
+what counts is the one with the lower mean training loss. Full pre-activation is the trainer's `PreActResNet`, without
+fused units. As in the paper's appendix, the units other than "BN after addition", "ReLU before addition" and the
+original one are followed by an activation at the end of the network. The training loss is that of the last epoch.
 """
 
 import lab
