@@ -6,10 +6,10 @@ the first for deep plain networks: there its gradients explode.)
 
 Gradients: networks of depth 20, 56 and 110, three stages of width 8, 16 and 32, plain (3x3 convolutions) and residual
 (pre-activation), with and without normalization, from He initialization and from a normal distribution with standard
-deviation 0.01, which is far too small. In float64, for the first batch of 32 images of CIFAR-10: the root mean square
+deviation 0.01, which is far too small. In float64, for the first batch of 16 images of CIFAR-10: the root mean square
 of the loss's gradient with respect to the output of every 3x3 convolution. The ratio is that of the first convolution
 to the last one; 1 means that a gradient neither vanishes nor explodes on its way. Saturation: a fully connected network
-(three hidden layers of 100) with sigmoid or tanh units trains on 2,048 of the images, from weights with standard
+(three hidden layers of 100) with sigmoid or tanh units trains on 1,024 of the images, from weights with standard
 deviation 1, 5 epochs of SGD with momentum 0.9, at 0.1. A unit counts as saturated for an image if its derivative is
 below 10 % of the largest one.
 """
@@ -23,7 +23,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 DEPTHS = (20, 56, 110)
-BATCH, IMAGES = 32, 2048
+BATCH, IMAGES = 16, 1024
 NORMS = {"local": "BN", "none": "no norm"}
 INITS = {"he": "He", "small": "std 0.01"}
 NETWORKS = ("plain", "residual")
