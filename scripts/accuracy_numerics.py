@@ -143,8 +143,9 @@ def main(argv: list[str] | None = None) -> None:
             columns = ["formulation", "ranks", *(f"{ratio:.0e}" for ratio in arguments.ratios)]
             rows = [[name, str(ranks), *errors] for (name, ranks), errors in sorted(table.items())]
             common.print_table(f"relative error of {quantity}, {dtype}, by mean/std", columns, rows)
-    common.append_rows(arguments.csv, [{**common.head(), **row} for row in found])
-    draw(found, arguments.plot)
+    rows = [{**common.head(), **row} for row in found]
+    common.append_rows(arguments.csv, rows)
+    draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":
