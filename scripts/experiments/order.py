@@ -168,8 +168,8 @@ def sentence(rows):
     names = " and ".join(order.replace("_", " ") for order in beaten) or "none"
     return (
         f"The claim {verdict}: full pre-activation {'has' if lowest else 'does not have'} the lowest mean test error, "
-        f"and the interval of the difference excludes 0 for {len(beaten)} of the 4 others ({names}). Test errors, with the "
-        f"difference to full pre-activation: {each}."
+        f"and the interval of the difference excludes 0 for {len(beaten)} of the 4 others ({names}). Test errors, with "
+        f"the difference to full pre-activation: {each}."
     )
 
 
