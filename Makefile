@@ -40,7 +40,7 @@ bench: $(READY) ## measure synchronization on this CPU: rows in benchmarks/, pic
 	$(BIN)/python scripts/scaling_model.py
 
 experiments: $(READY) ## repeat every experiment: rows in benchmarks/experiments/, pages in docs/experiments/ (90 minutes)
-	@for script in $(filter-out %/lab.py,$(wildcard scripts/experiments/*.py)); do \
+	@for script in $(filter-out %/lab.py %/figures.py %/convnet.py,$(wildcard scripts/experiments/*.py)); do \
 		$(BIN)/python $$script --data "$(DATA)" || exit 1; \
 	done
 

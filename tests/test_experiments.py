@@ -18,7 +18,8 @@ sys.path.insert(0, str(FOLDER))
 
 import lab  # noqa: E402
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "lab")
+SHARED = {"lab", "figures", "convnet"}
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 QUICK = ["evaluation_statistics"]
 
 

@@ -51,12 +51,7 @@ class MLP(nn.Module):
         self.order = order
         self.dropout = nn.Dropout(dropout)
         for layer in [*self.layers, self.head]:
-            if init_std is None:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            else:
-                nn.init.normal_(layer.weight, std=init_std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            initialize_(layer, init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images (N, in_channels, H, W); N may be 0."""
@@ -65,3 +60,13 @@ class MLP(nn.Module):
             x = normalize_and_activate(norm, layer(x)[:, :, None, None], self.order).flatten(1)
             x = self.dropout(x)
         return self.head(x)
+
+
+def initialize_(layer: nn.Linear | nn.Conv2d, init_std: float | None = None) -> None:
+    """Draw the weights of a layer from a normal distribution, He's by default, and set its bias to 0."""
+    if init_std is None:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    else:
+        nn.init.normal_(layer.weight, std=init_std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

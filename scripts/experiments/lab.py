@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,19 +29,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # also runs from a checkout t
 
 import torch  # noqa: E402
 from common import COLOURS, append_rows, head, plain_log, read_rows, save, tidy  # noqa: E402
+from figures import Interval, Row, column, difference, interval, levels, line, panels, where  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from scipy import stats  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torchvision.datasets import CIFAR10  # noqa: E402
 
 from train import console, datasets  # noqa: E402
 from train.classifier import ImageClassifier  # noqa: E402
 from train.data import ImageData  # noqa: E402
-from train.preact_resnet import NormFactory  # noqa: E402
 from train.run import build, compose  # noqa: E402
 
-__all__ = ["COLOURS", "plain_log", "tidy"]  # and what is defined below
+__all__ = [  # what experiments use, beside what is defined below
+    "COLOURS",
+    "Interval",
+    "column",
+    "difference",
+    "interval",
+    "levels",
+    "line",
+    "panels",
+    "plain_log",
+    "tidy",
+    "where",
+]
 
 ROWS = ROOT / "benchmarks" / "experiments"
 PAGES = ROOT / "docs" / "experiments"
@@ -66,67 +76,10 @@ SMALL_RESNET = [  # pre-activation ResNet with one unit in each of 3 stages: 7 n
     "+model.fused=false",  # for such small layers the fused unit takes three times as long
     "+model.in_channels=${data.in_channels}",
 ]
-CONVNET = ["model=own", "model._target_=lab.ConvNet", "+model.in_channels=${data.in_channels}"]
+CONVNET = ["model=own", "model._target_=convnet.ConvNet", "+model.in_channels=${data.in_channels}"]
 ADAM = ["optimizer=adamw", "optimizer.weight_decay=0", "scheduler=constant"]
 SGD = ["optimizer.factory.nesterov=false", "optimizer.weight_decay=0", "scheduler=constant"]
 TRAINS_ONLY = ["+trainer.limit_val_batches=0"]
-Row = dict[str, Any]
-
-
-# --- networks -----------------------------------------------------------------------------------------------------
-
-
-class ConvNet(nn.Module):
-    """A plain network of 3x3 convolutions, each with a norm and ReLU, then the mean over pixels and a linear head.
-
-    Args:
-        norm_layer: `norm_layer(num_channels)` returns a normalization.
-        num_classes: number of outputs.
-        in_channels: channels of the images.
-        depths: convolutions of each stage, the first one with stride 2.
-        first_stride: stride of the first convolution of the network.
-        width: channels of the first stage; every stage doubles them.
-        init_std: standard deviation of the initial weights; He initialization by default.
-        dropout: dropout probability after every stage.
-    """
-
-    def __init__(
-        self,
-        norm_layer: NormFactory,
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        depths: Sequence[int] = (1, 1, 1),
-        first_stride: int = 2,
-        width: int = 16,
-        init_std: float | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        has_bias = next(norm_layer(width).parameters(), None) is None
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for stage, depth in enumerate(depths):
-            for index in range(depth):
-                stride = 1 if index else 2 if stage else first_stride
-                convolution = nn.Conv2d(channels, width * 2**stage, 3, stride, padding=1, bias=has_bias)
-                channels = convolution.out_channels
-                layers += [convolution, norm_layer(channels), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] * bool(dropout)
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                if init_std is None:
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                else:
-                    nn.init.normal_(module.weight, std=init_std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
-        return self.head(self.features(x).mean((2, 3)))
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -256,73 +209,6 @@ def cifar10_subset(root: str, download: bool = False, *, num_train: int, num_tes
     splits = datasets.fewer(cifar10(root), num_train, 0)
     test = torch.utils.data.TensorDataset(*splits.test[:num_test])
     return splits._replace(test=test)
-
-
-# --- figures ------------------------------------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A mean with its 95 % confidence interval, mean - half to mean + half (Student's t over the seeds)."""
-
-    mean: float
-    half: float
-    n: int
-
-    def text(self, digits: int = 1, unit: str = "") -> str:
-        """Return "12.3 ± 0.4 %"."""
-        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}{' ' + unit if unit else ''}"
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return abs(self.mean) > self.half
-
-
-def interval(values: Iterable[float]) -> Interval:
-    """Return mean and 95 % confidence interval of independent values, such as one for each seed."""
-    sample = torch.tensor([float(value) for value in values], dtype=torch.float64)
-    n = len(sample)
-    half = float(stats.t.ppf(0.975, n - 1) * sample.std() / n**0.5) if n > 1 else float("nan")
-    return Interval(float(sample.mean()), half, n)
-
-
-def where(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    """Return the rows that have these values."""
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def column(rows: Sequence[Row], name: str, **wanted: Any) -> Interval:
-    """Return the interval of a column over the rows that have these values."""
-    return interval(row[name] for row in where(rows, **wanted))
-
-
-def difference(rows: Sequence[Row], name: str, first: Row, second: Row) -> Interval:
-    """Return the interval of first - second of a column, paired by seed."""
-    values = [{row["seed"]: row[name] for row in where(rows, **wanted)} for wanted in (first, second)]
-    return interval(value - values[1][seed] for seed, value in values[0].items())
-
-
-def levels(rows: Sequence[Row], name: str) -> list[Any]:
-    """Return the distinct values of a column in order of appearance."""
-    return list(dict.fromkeys(row[name] for row in rows))
-
-
-def line(axes: Any, rows: Sequence[Row], x: str, y: str, label: str, colour: str, **options: Any) -> None:
-    """Draw the means of y at each x as a line, and their 95 % intervals as a band."""
-    places = sorted(levels(rows, x))
-    found = [column(rows, y, **{x: place}) for place in places]
-    axes.plot(places, [f.mean for f in found], color=colour, label=label, **({"marker": "o", "ms": 4} | options))
-    low, high = [f.mean - f.half for f in found], [f.mean + f.half for f in found]
-    axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
-
-
-def panels(count: int, width: float = 4.2, height: float = 3.6) -> tuple[Figure, list[Any]]:
-    """Return a figure with panels side by side."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for one in axes:
-        tidy(one)
-    return figure, axes
 
 
 # --- the experiment -----------------------------------------------------------------------------------------------
