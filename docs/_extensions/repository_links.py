@@ -41,9 +41,8 @@ class RepositoryLinks(SphinxPostTransform):
 
     def replace(self, node: nodes.Element, uri: str | None) -> None:
         """Replace a pending reference by a link, or by its text alone."""
-        text = nodes.literal(node.astext(), node.astext()) if node.findall(nodes.literal) else nodes.Text(node.astext())
-        inner = node.children[0].deepcopy() if node.children else text
-        node.replace_self(inner if uri is None else nodes.reference("", "", inner, refuri=uri))
+        children = [child.deepcopy() for child in node.children]
+        node.replace_self(children if uri is None else nodes.reference("", "", *children, refuri=uri))
 
 
 def start(app: Sphinx) -> None:
